@@ -31,7 +31,8 @@ __all__ = ["__version__", *_ROOMS]
 def __getattr__(name: str) -> ModuleType:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; rooms: {', '.join(_ROOMS)}")
+    rooms = ", ".join(_ROOMS)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; rooms: {rooms}")
 
 
 def __dir__() -> list[str]:

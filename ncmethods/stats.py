@@ -1,0 +1,680 @@
+"""ClassStats: the class-conditional moments that the rest of the library reads.
+
+Counts, class means, pooled within-class scatter and per-class traces are updated batch by batch,
+merged with ``+``, reduced with ``-``, and summed across ranks with ``all_reduce``. The memory
+does not depend on the number of samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ncmethods._core import (
+    InputError,
+    atomic_path,
+    check_choice,
+    check_counts,
+    check_features,
+    check_labels,
+    check_num_classes,
+)
+
+__all__ = ["ClassStats", "frequency_groups", "rare_classes"]
+
+_CHUNK = 2048  # rows gathered before they are summed
+_FLUSH = 8192  # rows summed in float32 before they join the float64 state
+_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks are computed
+# Two statistics whose difference cancels more than this share of the scatter are not subtracted.
+_CANCEL = 1e-9
+
+
+class ClassStats(nn.Module):
+    """Mergeable class moments of features: counts, means, within-class scatter, traces.
+
+    The update is Chan's, written as one product per batch. With batch class mean m_b, running mean
+    μ, n_a old and n_b new samples of the class, the rows
+
+        z_i = (x_i − m_b) + √(n_a / (n_a + n_b)) (m_b − μ)
+
+    satisfy Σ z zᵀ = the increase of the scatter about the mean, so nothing is ever subtracted from
+    the scatter and it stays accurate at any offset and in collapse.
+
+    Args:
+        num_classes: K.
+        dim: D.
+        scatter: keep the pooled scatter [D, D]; without it traces and means remain.
+        class_weight: weights [K] that multiply each class's part of the pooled scatter (traces
+            stay unweighted). A pooled scatter cannot be re-weighted later.
+        normalized: whether the features were scaled to unit norm; differing values do not mix.
+        layer: name of the layer the features come from; differing names do not mix.
+
+    Rows with a negative label are skipped and counted (``ignored``). Labels ≥ K and non-finite
+    rows are skipped too, counted on the device, and raise at the first read.
+
+    The state is float64 whatever the model is cast to, and follows the device of the first batch.
+    Keep it outside DistributedDataParallel.
+
+    References:
+        Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
+        sample variances", eq. (2.1).
+    """
+
+    _counts: Tensor
+    _means: Tensor
+    _trace: Tensor
+    _within: Tensor | None
+    _rejected: Tensor
+    _class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        scatter: bool = True,
+        class_weight: Tensor | Sequence[float] | None = None,
+        normalized: bool = False,
+        layer: str = "",
+    ) -> None:
+        super().__init__()
+        self.num_classes = check_num_classes(num_classes)
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise InputError(f"dim must be an integer ≥ 1, got {dim!r}.")
+        self.dim, self.scatter = dim, scatter
+        self.normalized, self.layer = normalized, layer
+        K, D, f64 = num_classes, dim, torch.float64
+        self.register_buffer("_counts", torch.zeros(K, dtype=torch.int64))
+        self.register_buffer("_means", torch.zeros(K, D, dtype=f64))
+        self.register_buffer("_trace", torch.zeros(K, dtype=f64))
+        self.register_buffer("_within", torch.zeros(D, D, dtype=f64) if scatter else None)
+        self.register_buffer("_rejected", torch.zeros(3, dtype=torch.int64))
+        if class_weight is not None:
+            class_weight = check_counts(torch.as_tensor(class_weight, dtype=f64), K)
+        self.register_buffer("_class_weight", class_weight)
+        self._stage: tuple[Tensor, Tensor] | None = None  # [2, rows, D] and labels not yet summed
+        self._staged = 0
+        self._pending: Tensor | None = None  # float32 part of the scatter, not yet in _within
+        self._pending_rows = 0
+        self._mirrored = True  # whether the lower triangle of _within is up to date
+        self._touched = False  # whether anything was accumulated (then the device is settled)
+        self._reduced = False
+
+    # --- accumulate ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> ClassStats:
+        """Add a batch. No host sync, and no temporary beyond the batch's own size.
+
+        Args:
+            features: [N, D], any floating dtype; computed in float32, or float64 if given so.
+            labels: [N] integers; negative = ignored.
+
+        Returns:
+            self.
+
+        Raises:
+            InputError: wrong shape, dtype or length, or already reduced across ranks.
+        """
+        features = check_features(features, self.dim)
+        labels = check_labels(labels, len(features))
+        if self._reduced:
+            raise InputError(
+                "update after all_reduce: this statistic already holds every rank's samples. "
+                "Start a new ClassStats, or update before reducing."
+            )
+        self._settle(features.device)
+        while len(features):
+            features, labels = self._put(features, labels)
+        return self
+
+    def _put(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage as many rows as fit, sum a full stage, return the rows that are left.
+
+        Chunks end at the same row of the stream however it is cut into batches, so the result
+        does not depend on the batch size, and small batches cost one copy each.
+        """
+        if self._stage is not None and self._stage[0].dtype != features.dtype:
+            self._drain()
+        if self._stage is None:
+            device = self._counts.device
+            rows = torch.empty(2, _CHUNK, self.dim, dtype=features.dtype, device=device)
+            self._stage = (rows, torch.empty(_CHUNK, dtype=torch.int64, device=device))
+        size = min(len(features), _CHUNK - self._staged)
+        x, y = self._stage[0][0], self._stage[1]
+        x[self._staged : self._staged + size].copy_(features[:size])
+        y[self._staged : self._staged + size].copy_(labels[:size])
+        self._staged += size
+        if self._staged == _CHUNK:
+            self._sum_stage()
+        return features[size:], labels[size:]
+
+    @torch.no_grad()
+    def _sum_stage(self) -> None:
+        if self._stage is not None and self._staged:
+            (x, scratch), y = self._stage[0][:, : self._staged], self._stage[1][: self._staged]
+            self._staged = 0
+            with _full_precision(x.device):
+                self._add(x, y, scratch)
+
+    def _add(self, x: Tensor, y: Tensor, scratch: Tensor) -> None:
+        """Chan's update by the rows ``x`` [B, D], which it overwrites; ``scratch`` is [B, D]."""
+        K, B = self.num_classes, len(y)
+        finite = x.sum(1).isfinite()
+        known = (y >= 0) & (y < K)
+        valid = known & finite
+        self._rejected += torch.stack(((y < 0).sum(), (y >= K).sum(), (known & ~finite).sum()))
+
+        # Slots: one per class, or one per row where classes outnumber rows (a class then lives in
+        # the slot of its first row). One more slot takes the rows that do not count.
+        y = y.clamp(0, K - 1)
+        if K <= B:
+            M, slot, cls = K, y, None
+        else:
+            row = torch.arange(B, device=y.device)
+            first = torch.full((K,), B, device=y.device).scatter_reduce_(0, y, row, "amin")
+            M, slot, cls = B, first[y], y
+        slot = torch.where(valid, slot, M)
+
+        # Batch means of the slots, about one row of the batch so that an offset costs no digits.
+        pivot = x.index_select(0, valid.int().argmax()[None]).nan_to_num_(0, 0, 0)  # [1, D]
+        r = x.sub_(pivot)
+        n_b = torch.zeros(M + 1, dtype=torch.int64, device=y.device)
+        n_b = n_b.index_add_(0, slot, torch.ones_like(slot))[:M]
+        s = x.new_zeros(M + 1, self.dim).index_add_(0, slot, r)[:M]
+        s /= n_b.clamp(min=1)[:, None]
+
+        n_a = self._counts if cls is None else self._counts[cls]
+        old = self._means if cls is None else self._means.index_select(0, cls)
+        step = s.double().add_(pivot).sub_(old)  # m_b − μ
+        step.masked_fill_((n_b == 0)[:, None], 0)
+        share = n_a / (n_a + n_b).clamp(min=1)  # n_a / n
+        shift = x.new_zeros(M + 1, self.dim)
+        shift[:M] = s - share.sqrt()[:, None] * step
+        z = r.sub_(torch.index_select(shift, 0, slot, out=scratch))
+        z.masked_fill_(~valid[:, None], 0)
+
+        step *= (1 - share)[:, None]
+        if cls is None:
+            self._means += step
+            self._counts += n_b
+        else:
+            self._means.index_add_(0, cls, step)
+            self._counts.index_add_(0, cls, n_b)
+        self._trace.index_add_(0, y, torch.linalg.vector_norm(z, dim=1).double().square_())
+        if self._within is not None:
+            if self._class_weight is not None:
+                z *= self._class_weight.sqrt().to(z.dtype)[y][:, None]
+            self._add_scatter(z)
+
+    def _add_scatter(self, z: Tensor) -> None:
+        assert self._within is not None
+        self._mirrored = False
+        if z.dtype == torch.float64:
+            target = self._within
+        else:
+            if self._pending is None:
+                self._pending = torch.zeros_like(self._within, dtype=torch.float32)
+            if self._pending_rows + len(z) > _FLUSH:
+                self._flush()
+            self._pending_rows += len(z)
+            target = self._pending
+        step = -(-self.dim // _BLOCKS) if self.dim >= 256 else self.dim
+        for i in range(0, self.dim, step):
+            target[i : i + step, i:].addmm_(z[:, i : i + step].T, z[:, i:])
+
+    def _drain(self) -> None:
+        """Sum what is staged and release the work buffers."""
+        self._sum_stage()
+        self._flush()
+        self._stage = self._pending = None
+
+    def _flush(self) -> None:
+        if self._pending is not None and self._pending_rows:
+            assert self._within is not None
+            self._within += self._pending
+            self._pending.zero_()
+            self._pending_rows = 0
+
+    def _settle(self, device: torch.device) -> None:
+        if not self._touched and device != self._counts.device:
+            self.to(device)
+        self._touched = True
+
+    # --- read ---------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        self._sum_stage()
+        ignored, out_of_range, non_finite = self._rejected.tolist()
+        if out_of_range:
+            raise InputError(
+                f"{out_of_range} labels were ≥ num_classes = {self.num_classes} (those rows were "
+                "skipped). Build ClassStats with the right num_classes, or map the labels."
+            )
+        if non_finite:
+            raise InputError(
+                f"{non_finite} feature rows held NaN or Inf (those rows were skipped). Look for "
+                "overflow in half precision or a diverged model."
+            )
+
+    @property
+    def counts(self) -> Tensor:
+        """Samples per class, int64 [K]."""
+        self._read()
+        return self._counts.clone()
+
+    @property
+    def ignored(self) -> int:
+        """Rows that were skipped because their label was negative."""
+        self._sum_stage()
+        return int(self._rejected[0])
+
+    @property
+    def active(self) -> Tensor:
+        """Which classes have samples, bool [K]."""
+        return self.counts > 0
+
+    @property
+    def K_active(self) -> int:
+        """Number of classes with at least one sample."""
+        return int(self.active.sum())
+
+    @property
+    def N(self) -> int:
+        """Number of samples."""
+        return int(self.counts.sum())
+
+    @property
+    def means(self) -> Tensor:
+        """Class means, float64 [K, D]; NaN for a class without samples."""
+        self._read()
+        return self._means.masked_fill((self._counts == 0)[:, None], torch.nan)
+
+    @property
+    def trace(self) -> Tensor:
+        """Sum of squared distances to the class mean, float64 [K]."""
+        self._read()
+        return self._trace.clone()
+
+    @property
+    def within(self) -> Tensor:
+        """Pooled within-class scatter Σ_i w_{y_i} (x_i − μ_{y_i})(x_i − μ_{y_i})ᵀ, [D, D]."""
+        self._read()
+        self._complete()
+        if self._within is None:
+            raise InputError(
+                "This ClassStats keeps no scatter (scatter=False). "
+                "Build it with scatter=True for measures that need the [D, D] matrix."
+            )
+        return self._within.clone()
+
+    def _complete(self) -> None:
+        """Bring the buffers up to date: sum what waits, fill the lower triangle."""
+        self._sum_stage()
+        self._flush()
+        if not self._mirrored and self._within is not None:
+            self._within.copy_(self._within.triu() + self._within.triu(1).T)
+            self._mirrored = True
+
+    @property
+    def sigma_w(self) -> Tensor:
+        """Within-class covariance [D, D]: ``within`` over the (weighted) number of samples."""
+        return self.within / self._total_weight()
+
+    def _total_weight(self) -> Tensor:
+        counts = self.counts.double()
+        if not counts.any():
+            raise InputError("This ClassStats is empty: call update(features, labels) first.")
+        return counts.sum() if self._class_weight is None else counts @ self._class_weight
+
+    def class_shares(self, weighting: str = "class") -> Tensor:
+        """Weights [K] of the class means, summing to one; zero for classes without samples.
+
+        Args:
+            weighting: ``"class"`` weighs the active classes alike, ``"sample"`` by count.
+        """
+        check_choice(weighting, ("class", "sample"), "weighting")
+        counts = self.counts
+        weight = (counts > 0).double() if weighting == "class" else counts.double()
+        if not weight.any():
+            raise InputError("This ClassStats is empty: call update(features, labels) first.")
+        return weight / weight.sum()
+
+    def global_mean(self, weighting: str = "class") -> Tensor:
+        """Mean of the class means [D], over classes or over samples."""
+        return self.class_shares(weighting) @ self._means
+
+    def centered_means(self, weighting: str = "class") -> Tensor:
+        """Class means minus the global mean, float64 [K, D]; NaN for classes without samples."""
+        return self.means - self.global_mean(weighting)
+
+    def sigma_b(self, weighting: str = "class") -> Tensor:
+        """Between-class covariance [D, D] about ``global_mean(weighting)``."""
+        M = (self._means - self.global_mean(weighting)) * self.class_shares(weighting).sqrt()[
+            :, None
+        ]
+        return M.T @ M
+
+    @property
+    def sigma_t(self) -> Tensor:
+        """Total covariance [D, D] of the samples: ``sigma_w + sigma_b("sample")``.
+
+        Raises:
+            InputError: with ``class_weight``, where no such identity holds.
+        """
+        if self._class_weight is not None:
+            raise InputError(
+                "sigma_t is the covariance of the samples; this statistic was accumulated with "
+                "class_weight. Accumulate one without."
+            )
+        return self.sigma_w + self.sigma_b("sample")
+
+    def __repr__(self) -> str:
+        """Size and what was seen."""
+        return (
+            f"ClassStats(num_classes={self.num_classes}, dim={self.dim}, N={int(self._counts.sum())}"
+            f"{'' if self.scatter else ', scatter=False'}"
+            f"{f', layer={self.layer!r}' if self.layer else ''})"
+        )
+
+    # --- algebra ------------------------------------------------------------------------------
+
+    def _combinable(self, other: ClassStats) -> None:
+        for field in ("num_classes", "dim", "scatter", "normalized", "layer", "_reduced"):
+            ours, theirs = getattr(self, field), getattr(other, field)
+            if ours != theirs:
+                raise InputError(
+                    f"Cannot combine two ClassStats with different {field.lstrip('_')}: "
+                    f"{ours!r} and {theirs!r}."
+                )
+        a, b = self._class_weight, other._class_weight
+        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b.to(a.device))):  # type: ignore[union-attr]
+            raise InputError("Cannot combine two ClassStats with different class_weight.")
+
+    def _like(self) -> ClassStats:
+        new = ClassStats(
+            self.num_classes,
+            self.dim,
+            scatter=self.scatter,
+            class_weight=self._class_weight,
+            normalized=self.normalized,
+            layer=self.layer,
+        )
+        new.to(self._counts.device)
+        new._touched, new._reduced = True, self._reduced
+        return new
+
+    @torch.no_grad()
+    def _between(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """Σ_c w_c δ_c δ_cᵀ with the class weights of this statistic, [D, D]."""
+        if self._class_weight is not None:
+            weight = weight * self._class_weight
+        Z = delta * weight.sqrt()[:, None]
+        return Z.T @ Z
+
+    @torch.no_grad()
+    def __add__(self, other: ClassStats | int) -> ClassStats:
+        """The statistic of both sets of samples (``sum()`` works too)."""
+        if isinstance(other, int) and other == 0:
+            return self
+        if not isinstance(other, ClassStats):
+            return NotImplemented
+        self._combinable(other)
+        other = _on(other, self._counts.device)
+        out = self._like()
+        n = self._counts + other._counts
+        share = other._counts / n.clamp(min=1)
+        delta = other._means - self._means
+        weight = self._counts * share  # n_a n_b / n
+        out._counts = n
+        out._means = self._means + share[:, None] * delta
+        # A class that only one side has seen keeps its mean to the last bit.
+        out._means = torch.where((other._counts == 0)[:, None], self._means, out._means)
+        out._means = torch.where((self._counts == 0)[:, None], other._means, out._means)
+        out._trace = self._trace + other._trace + weight * delta.square().sum(1)
+        out._rejected = self._rejected + other._rejected
+        if self._within is not None and other._within is not None:
+            self._complete()
+            other._complete()
+            out._within = self._within + other._within + self._between(delta, weight)
+        return out
+
+    __radd__ = __add__
+
+    @torch.no_grad()
+    def __sub__(self, part: ClassStats) -> ClassStats:
+        """The statistic without ``part``, the statistic of samples that are in this one.
+
+        Raises:
+            InputError: ``part`` holds more samples of a class than this, or removing it leaves less
+                than 1e-9 of the scatter negative, so it cannot be a part of this statistic.
+        """
+        if not isinstance(part, ClassStats):
+            return NotImplemented
+        self._combinable(part)
+        part = _on(part, self._counts.device)
+        n = self._counts - part._counts
+        if bool((n < 0).any()):
+            bad = (n < 0).nonzero().flatten().tolist()
+            raise InputError(
+                f"Cannot remove more samples than there are: classes {bad} have fewer in the whole "
+                "than in the part."
+            )
+        out = self._like()
+        gone, kept = (n == 0), n.clamp(min=1)
+        delta = (part._means - self._means).masked_fill((part._counts == 0)[:, None], 0)
+        means = self._means - (part._counts / kept)[:, None] * delta
+        out._means = means.masked_fill(gone[:, None], 0)
+        delta = (part._means - out._means).masked_fill((gone | (part._counts == 0))[:, None], 0)
+        weight = n * (part._counts / self._counts.clamp(min=1))
+        out._counts = n
+        trace = self._trace - part._trace - weight * delta.square().sum(1)
+        if bool((trace < -_CANCEL * self._trace.sum()).any()):
+            bad = (trace < -_CANCEL * self._trace.sum()).nonzero().flatten().tolist()
+            raise InputError(
+                f"What is left of classes {bad} would have a negative variance: the removed "
+                "statistic is not a part of this one."
+            )
+        out._trace = trace.masked_fill(gone, 0).clamp(min=0)
+        out._rejected = (self._rejected - part._rejected).clamp(min=0)
+        if self._within is not None and part._within is not None:
+            self._complete()
+            part._complete()
+            out._within = self._within - part._within - self._between(delta, weight)
+        return out
+
+    @torch.no_grad()
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> ClassStats:
+        """Sum the statistic over all ranks, in place; a no-op in a single process or when done.
+
+        Two reductions: counts and count-weighted means first, then traces and scatter, each rank
+        having moved its own to the common means.
+
+        Args:
+            group: process group; the default one if None.
+
+        Returns:
+            self.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or self._reduced:
+            return self
+        if dist.get_world_size(group) == 1:
+            return self
+        K, D = self.num_classes, self.dim
+        home = self._counts.device
+        nccl = dist.get_backend(group) == "nccl"
+        wire = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+        n_r = self._counts.double()
+        sums = [n_r, (self._means * n_r[:, None]).flatten(), self._rejected.double()]
+        packed = torch.cat(sums).to(wire)
+        dist.all_reduce(packed, group=group)
+        n, total, rejected = packed.to(home).split([K, K * D, 3])
+        means = total.view(K, D) / n.clamp(min=1)[:, None]
+
+        delta = self._means - means
+        parts = [self._trace + n_r * delta.square().sum(1)]
+        if self._within is not None:
+            self._complete()
+            parts.append((self._within + self._between(delta, n_r)).flatten())
+        packed = torch.cat(parts).to(wire)
+        dist.all_reduce(packed, group=group)
+        packed = packed.to(home)
+
+        self._counts, self._means = n.round().long(), means
+        self._rejected = rejected.round().long()
+        self._trace = packed[:K].clone()
+        if self._within is not None:
+            self._within = packed[K:].view(D, D).clone()
+        self._touched = self._reduced = True
+        return self
+
+    # --- storage ------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStats:
+        """Follow device moves of ``fn``, never its dtype casts."""
+        device = fn(torch.empty(0, device=self._counts.device)).device
+        if device.type == "mps":  # no float64 there
+            device = torch.device("cpu")
+        self._drain()
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._complete()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drain()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mirrored = self._touched = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the summed state, without the work buffers."""
+        self._complete()
+        return self.__dict__ | {"_stage": None, "_pending": None}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistic as safetensors: the whole file or none of it."""
+        from safetensors.torch import save_file
+
+        self._complete()
+        tensors = {
+            name.lstrip("_"): buffer.detach().cpu().contiguous()
+            for name, buffer in self._buffers.items()
+            if buffer is not None
+        }
+        fields = {k: getattr(self, k) for k in ("num_classes", "dim", "scatter", "normalized")}
+        fields |= {"layer": self.layer, "reduced": self._reduced}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"ncmethods.ClassStats": json.dumps(fields)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ClassStats:
+        """Read a statistic written by :meth:`save`.
+
+        Raises:
+            InputError: the file is missing, damaged, or holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                meta = (file.metadata() or {}).get("ncmethods.ClassStats")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"Cannot read {path} as a ClassStats file: {error}") from error
+        if meta is None:
+            raise InputError(
+                f"{path} is a safetensors file, but not one written by ClassStats.save."
+            )
+        fields = json.loads(meta)
+        reduced = fields.pop("reduced")
+        stats = cls(**fields, class_weight=tensors.get("class_weight"))
+        for name, tensor in tensors.items():
+            setattr(stats, f"_{name}", tensor)
+        stats._touched, stats._reduced = True, reduced
+        return stats
+
+
+def _on(stats: ClassStats, device: torch.device) -> ClassStats:
+    """``stats`` on ``device``, moved as a copy if it lies elsewhere."""
+    return stats if stats._counts.device == device else copy.deepcopy(stats).to(device)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in true float32: no autocast, no TF32."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+# --- groups of classes by training frequency ----------------------------------------------------
+
+
+def frequency_groups(
+    counts: Tensor | Iterable[int], rule: str = "thresholds"
+) -> dict[str, list[int]]:
+    """Class indices of the many, medium and few groups.
+
+    Args:
+        counts: training samples per class [K].
+        rule: ``"thresholds"`` is the field's: many > 100, medium 20 to 100, few < 20 training
+            samples. Sizes such as ``"3/4/3"`` (many/medium/few) or ``"5/5"`` (many/few) cut the
+            classes ranked by count, largest first.
+
+    Returns:
+        Group name to sorted class indices; groups may be empty.
+
+    Raises:
+        InputError: a rule that is neither, or whose sizes do not add up to K.
+    """
+    n = check_counts(counts).tolist()
+    if rule == "thresholds":
+        return {
+            "many": [c for c, m in enumerate(n) if m > 100],
+            "medium": [c for c, m in enumerate(n) if 20 <= m <= 100],
+            "few": [c for c, m in enumerate(n) if m < 20],
+        }
+    sizes = rule.split("/")
+    names = {2: ("many", "few"), 3: ("many", "medium", "few")}.get(len(sizes))
+    if names is None or not all(s.isdigit() for s in sizes) or sum(map(int, sizes)) != len(n):
+        raise InputError(
+            f"groups must be 'thresholds' or two or three sizes that add up to K = {len(n)}, "
+            f"such as '3/4/3', got {rule!r}."
+        )
+    ranked = iter(sorted(range(len(n)), key=lambda c: (-n[c], c)))
+    return {name: sorted(next(ranked) for _ in range(int(s))) for name, s in zip(names, sizes)}
+
+
+def rare_classes(counts: Tensor | Iterable[int]) -> list[int]:
+    """Classes that count as rare when nothing else is said.
+
+    The few group (< 20 training samples) when it holds at least two classes; otherwise the rarest
+    third of the classes by rank; none when all counts are equal.
+    """
+    n = check_counts(counts)
+    if bool((n == n[0]).all()):
+        return []
+    few = frequency_groups(n)["few"]
+    if len(few) >= 2:
+        return few
+    size = max(2, len(n) // 3)
+    return frequency_groups(n, f"{len(n) - size}/{size}")["few"]
