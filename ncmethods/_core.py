@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class NCError(ValueError):
@@ -231,7 +230,7 @@ def logits_of(head: nn.Module, features: Tensor) -> Tensor:
     if is_head(head):
         return head.logits(features)  # type: ignore[operator,no-any-return]
     if isinstance(head, nn.Linear):
-        return F.linear(features, head.weight, head.bias)
+        return head(features)  # type: ignore[no-any-return]
     raise InputError(
         f"head must be an nn.Linear or have weight, embed and logits, got {type(head).__name__}."
     )
@@ -266,11 +265,11 @@ def find_head(
         InputError: nothing fits, or several do; the message lists them.
     """
     net = unwrap(model)
-    modules = dict(net.named_modules())
+    modules: dict[str, nn.Module] = dict(net.named_modules())
     if name is not None:
         if name not in modules:
-            linears = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_head(m)]
-            check_choice(name, linears, "module name")
+            fitting = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_head(m)]
+            check_choice(name, fitting, "module name")
         return Found(name, modules[name])
 
     heads = [Found(n, m) for n, m in modules.items() if is_head(m)]

@@ -115,4 +115,5 @@ def _haar_isometry(dim: int, rank: int, generator: torch.Generator | None) -> Te
     gaussian = torch.randn(dim, rank, dtype=torch.float64, generator=generator)
     Q, R = torch.linalg.qr(gaussian)
     signs = R.diagonal().sign()
-    return Q * torch.where(signs == 0, torch.ones_like(signs), signs)
+    isometry: Tensor = Q * torch.where(signs == 0, torch.ones_like(signs), signs)
+    return isometry

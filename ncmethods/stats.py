@@ -12,7 +12,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,16 @@ __all__ = ["ClassStats", "frequency_groups", "rare_classes"]
 _CHUNK = 2048  # rows gathered before they are summed
 _FLUSH = 8192  # rows summed in float32 before they join the float64 state
 _BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks are computed
-# Two statistics whose difference cancels more than this share of the scatter are not subtracted.
-_CANCEL = 1e-9
+# A negative remainder up to this share of a class's trace is rounding of float32 features (2e-6 on
+# each side of the minus); a larger one means that the part was never in the whole.
+_CANCEL = 1e-5
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _state(function: _F) -> _F:
+    """Write the state without a graph, and never as inference tensors (they cannot be updated)."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class ClassStats(nn.Module):
@@ -75,6 +83,7 @@ class ClassStats(nn.Module):
     _rejected: Tensor
     _class_weight: Tensor | None
 
+    @_state
     def __init__(
         self,
         num_classes: int,
@@ -98,7 +107,7 @@ class ClassStats(nn.Module):
         self.register_buffer("_within", torch.zeros(D, D, dtype=f64) if scatter else None)
         self.register_buffer("_rejected", torch.zeros(3, dtype=torch.int64))
         if class_weight is not None:
-            class_weight = check_counts(torch.as_tensor(class_weight, dtype=f64), K)
+            class_weight = check_counts(torch.as_tensor(class_weight, dtype=f64), K).clone()
         self.register_buffer("_class_weight", class_weight)
         self._stage: tuple[Tensor, Tensor] | None = None  # [2, rows, D] and labels not yet summed
         self._staged = 0
@@ -110,7 +119,7 @@ class ClassStats(nn.Module):
 
     # --- accumulate ---------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_state
     def update(self, features: Tensor, labels: Tensor) -> ClassStats:
         """Add a batch. No host sync, and no temporary beyond the batch's own size.
 
@@ -126,7 +135,7 @@ class ClassStats(nn.Module):
         """
         features = check_features(features, self.dim)
         labels = check_labels(labels, len(features))
-        if self._reduced:
+        if self._reduced and _world() > 1:
             raise InputError(
                 "update after all_reduce: this statistic already holds every rank's samples. "
                 "Start a new ClassStats, or update before reducing."
@@ -157,7 +166,7 @@ class ClassStats(nn.Module):
             self._sum_stage()
         return features[size:], labels[size:]
 
-    @torch.no_grad()
+    @_state
     def _sum_stage(self) -> None:
         if self._stage is not None and self._staged:
             (x, scratch), y = self._stage[0][:, : self._staged], self._stage[1][: self._staged]
@@ -175,18 +184,22 @@ class ClassStats(nn.Module):
 
         # Slots: one per class, or one per row where classes outnumber rows (a class then lives in
         # the slot of its first row). One more slot takes the rows that do not count.
+        group = torch.where(valid, y, K)
+        row = torch.arange(B, device=y.device)
+        first = torch.full((K + 1,), B - 1, device=y.device).scatter_reduce_(0, group, row, "amin")
+        lead = first[group]  # the first row of each row's class
         y = y.clamp(0, K - 1)
         if K <= B:
-            M, slot, cls = K, y, None
+            M, slot, cls = K, group, None
         else:
-            row = torch.arange(B, device=y.device)
-            first = torch.full((K,), B, device=y.device).scatter_reduce_(0, y, row, "amin")
-            M, slot, cls = B, first[y], y
-        slot = torch.where(valid, slot, M)
+            M, slot, cls = B, torch.where(valid, lead, B), y
 
-        # Batch means of the slots, about one row of the batch so that an offset costs no digits.
-        pivot = x.index_select(0, valid.int().argmax()[None]).nan_to_num_(0, 0, 0)  # [1, D]
-        r = x.sub_(pivot)
+        # Batch means of the slots about the first row of their class: an offset costs no digits,
+        # and the outlier of one class costs none of another's.
+        pivot = torch.index_select(x, 0, lead, out=scratch)
+        if cls is None:
+            pivot = x.index_select(0, first[:K])
+        r = x.sub_(scratch)
         n_b = torch.zeros(M + 1, dtype=torch.int64, device=y.device)
         n_b = n_b.index_add_(0, slot, torch.ones_like(slot))[:M]
         s = x.new_zeros(M + 1, self.dim).index_add_(0, slot, r)[:M]
@@ -194,9 +207,9 @@ class ClassStats(nn.Module):
 
         n_a = self._counts if cls is None else self._counts[cls]
         old = self._means if cls is None else self._means.index_select(0, cls)
-        step = s.double().add_(pivot).sub_(old)  # m_b − μ
+        step = (pivot - old).add_(s)  # m_b − μ, float64
         step.masked_fill_((n_b == 0)[:, None], 0)
-        share = n_a / (n_a + n_b).clamp(min=1)  # n_a / n
+        share = n_a / (n_a + n_b).clamp(min=1).double()  # n_a / n
         shift = x.new_zeros(M + 1, self.dim)
         shift[:M] = s - share.sqrt()[:, None] * step
         z = r.sub_(torch.index_select(shift, 0, slot, out=scratch))
@@ -253,7 +266,7 @@ class ClassStats(nn.Module):
 
     def _read(self) -> None:
         self._sum_stage()
-        ignored, out_of_range, non_finite = self._rejected.tolist()
+        _, out_of_range, non_finite = self._rejected.tolist()
         if out_of_range:
             raise InputError(
                 f"{out_of_range} labels were ≥ num_classes = {self.num_classes} (those rows were "
@@ -379,16 +392,18 @@ class ClassStats(nn.Module):
 
     def __repr__(self) -> str:
         """Size and what was seen."""
-        return (
-            f"ClassStats(num_classes={self.num_classes}, dim={self.dim}, N={int(self._counts.sum())}"
-            f"{'' if self.scatter else ', scatter=False'}"
-            f"{f', layer={self.layer!r}' if self.layer else ''})"
+        self._sum_stage()
+        extra = ("" if self.scatter else ", scatter=False") + (
+            f", layer={self.layer!r}" if self.layer else ""
         )
+        N = int(self._counts.sum())
+        return f"ClassStats(num_classes={self.num_classes}, dim={self.dim}, N={N}{extra})"
 
     # --- algebra ------------------------------------------------------------------------------
 
     def _combinable(self, other: ClassStats) -> None:
-        for field in ("num_classes", "dim", "scatter", "normalized", "layer", "_reduced"):
+        fields = ["num_classes", "dim", "scatter", "normalized", "layer"]
+        for field in fields + ["_reduced"] * (_world() > 1):
             ours, theirs = getattr(self, field), getattr(other, field)
             if ours != theirs:
                 raise InputError(
@@ -398,6 +413,8 @@ class ClassStats(nn.Module):
         a, b = self._class_weight, other._class_weight
         if (a is None) != (b is None) or (a is not None and not torch.equal(a, b.to(a.device))):  # type: ignore[union-attr]
             raise InputError("Cannot combine two ClassStats with different class_weight.")
+        self._complete()
+        other._complete()
 
     def _like(self) -> ClassStats:
         new = ClassStats(
@@ -412,7 +429,6 @@ class ClassStats(nn.Module):
         new._touched, new._reduced = True, self._reduced
         return new
 
-    @torch.no_grad()
     def _between(self, delta: Tensor, weight: Tensor) -> Tensor:
         """Σ_c w_c δ_c δ_cᵀ with the class weights of this statistic, [D, D]."""
         if self._class_weight is not None:
@@ -420,18 +436,18 @@ class ClassStats(nn.Module):
         Z = delta * weight.sqrt()[:, None]
         return Z.T @ Z
 
-    @torch.no_grad()
+    @_state
     def __add__(self, other: ClassStats | int) -> ClassStats:
         """The statistic of both sets of samples (``sum()`` works too)."""
         if isinstance(other, int) and other == 0:
-            return self
+            return copy.deepcopy(self)
         if not isinstance(other, ClassStats):
             return NotImplemented
         self._combinable(other)
         other = _on(other, self._counts.device)
         out = self._like()
         n = self._counts + other._counts
-        share = other._counts / n.clamp(min=1)
+        share = other._counts / n.clamp(min=1).double()
         delta = other._means - self._means
         weight = self._counts * share  # n_a n_b / n
         out._counts = n
@@ -441,21 +457,20 @@ class ClassStats(nn.Module):
         out._means = torch.where((self._counts == 0)[:, None], other._means, out._means)
         out._trace = self._trace + other._trace + weight * delta.square().sum(1)
         out._rejected = self._rejected + other._rejected
+        out._reduced = self._reduced or other._reduced
         if self._within is not None and other._within is not None:
-            self._complete()
-            other._complete()
             out._within = self._within + other._within + self._between(delta, weight)
         return out
 
     __radd__ = __add__
 
-    @torch.no_grad()
+    @_state
     def __sub__(self, part: ClassStats) -> ClassStats:
         """The statistic without ``part``, the statistic of samples that are in this one.
 
         Raises:
-            InputError: ``part`` holds more samples of a class than this, or removing it leaves less
-                than 1e-9 of the scatter negative, so it cannot be a part of this statistic.
+            InputError: ``part`` holds more samples of a class than this, or removing it would leave
+                a class with a negative variance, so it cannot be a part of this statistic.
         """
         if not isinstance(part, ClassStats):
             return NotImplemented
@@ -469,16 +484,18 @@ class ClassStats(nn.Module):
                 "than in the part."
             )
         out = self._like()
-        gone, kept = (n == 0), n.clamp(min=1)
+        gone, kept = (n == 0), n.clamp(min=1).double()
         delta = (part._means - self._means).masked_fill((part._counts == 0)[:, None], 0)
         means = self._means - (part._counts / kept)[:, None] * delta
         out._means = means.masked_fill(gone[:, None], 0)
         delta = (part._means - out._means).masked_fill((gone | (part._counts == 0))[:, None], 0)
-        weight = n * (part._counts / self._counts.clamp(min=1))
+        weight = n * (part._counts / self._counts.clamp(min=1).double())
         out._counts = n
         trace = self._trace - part._trace - weight * delta.square().sum(1)
-        if bool((trace < -_CANCEL * self._trace.sum()).any()):
-            bad = (trace < -_CANCEL * self._trace.sum()).nonzero().flatten().tolist()
+        # Rounding: of the traces, and of the means where samples coincide far from the origin.
+        rounding = _CANCEL * self._trace + 1e-24 * self._counts * self._means.square().sum(1)
+        bad = (trace < -rounding).nonzero().flatten().tolist()
+        if bad:
             raise InputError(
                 f"What is left of classes {bad} would have a negative variance: the removed "
                 "statistic is not a part of this one."
@@ -486,12 +503,10 @@ class ClassStats(nn.Module):
         out._trace = trace.masked_fill(gone, 0).clamp(min=0)
         out._rejected = (self._rejected - part._rejected).clamp(min=0)
         if self._within is not None and part._within is not None:
-            self._complete()
-            part._complete()
             out._within = self._within - part._within - self._between(delta, weight)
         return out
 
-    @torch.no_grad()
+    @_state
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> ClassStats:
         """Sum the statistic over all ranks, in place; a no-op in a single process or when done.
 
@@ -510,6 +525,7 @@ class ClassStats(nn.Module):
             return self
         K, D = self.num_classes, self.dim
         home = self._counts.device
+        self._complete()
         nccl = dist.get_backend(group) == "nccl"
         wire = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -517,13 +533,12 @@ class ClassStats(nn.Module):
         sums = [n_r, (self._means * n_r[:, None]).flatten(), self._rejected.double()]
         packed = torch.cat(sums).to(wire)
         dist.all_reduce(packed, group=group)
-        n, total, rejected = packed.to(home).split([K, K * D, 3])
+        n, total, rejected = torch.split(packed.to(home), [K, K * D, 3])
         means = total.view(K, D) / n.clamp(min=1)[:, None]
 
         delta = self._means - means
         parts = [self._trace + n_r * delta.square().sum(1)]
         if self._within is not None:
-            self._complete()
             parts.append((self._within + self._between(delta, n_r)).flatten())
         packed = torch.cat(parts).to(wire)
         dist.all_reduce(packed, group=group)
@@ -539,6 +554,7 @@ class ClassStats(nn.Module):
 
     # --- storage ------------------------------------------------------------------------------
 
+    @_state
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStats:
         """Follow device moves of ``fn``, never its dtype casts."""
         device = fn(torch.empty(0, device=self._counts.device)).device
@@ -559,6 +575,14 @@ class ClassStats(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._mirrored = self._touched = True
 
+    def get_extra_state(self) -> Tensor:
+        """Whether the state already holds every rank's samples (a resumed run must not re-sum)."""
+        return torch.tensor(self._reduced)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` saved."""
+        self._reduced = bool(state)
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the summed state, without the work buffers."""
         self._complete()
@@ -566,6 +590,7 @@ class ClassStats(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistic as safetensors: the whole file or none of it."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._complete()
@@ -577,7 +602,10 @@ class ClassStats(nn.Module):
         fields = {k: getattr(self, k) for k in ("num_classes", "dim", "scatter", "normalized")}
         fields |= {"layer": self.layer, "reduced": self._reduced}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"ncmethods.ClassStats": json.dumps(fields)})
+            try:
+                save_file(tensors, temporary, metadata={"ncmethods.ClassStats": json.dumps(fields)})
+            except SafetensorError as error:  # a full disk
+                raise InputError(f"Cannot write {path}: {error}. Free some space.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassStats:
@@ -598,13 +626,21 @@ class ClassStats(nn.Module):
             raise InputError(
                 f"{path} is a safetensors file, but not one written by ClassStats.save."
             )
-        fields = json.loads(meta)
-        reduced = fields.pop("reduced")
-        stats = cls(**fields, class_weight=tensors.get("class_weight"))
-        for name, tensor in tensors.items():
-            setattr(stats, f"_{name}", tensor)
+        try:
+            fields = json.loads(meta)
+            reduced = fields.pop("reduced")
+            stats = cls(**fields, class_weight=tensors.get("class_weight"))
+            for name, buffer in stats._buffers.items():
+                if buffer is not None:
+                    buffer.copy_(tensors.pop(name.lstrip("_")))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is a damaged ClassStats file: {error}") from error
         stats._touched, stats._reduced = True, reduced
         return stats
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _on(stats: ClassStats, device: torch.device) -> ClassStats:
@@ -655,7 +691,7 @@ def frequency_groups(
         }
     sizes = rule.split("/")
     names = {2: ("many", "few"), 3: ("many", "medium", "few")}.get(len(sizes))
-    if names is None or not all(s.isdigit() for s in sizes) or sum(map(int, sizes)) != len(n):
+    if names is None or not all(s.isdecimal() for s in sizes) or sum(map(int, sizes)) != len(n):
         raise InputError(
             f"groups must be 'thresholds' or two or three sizes that add up to K = {len(n)}, "
             f"such as '3/4/3', got {rule!r}."

@@ -117,7 +117,7 @@ class Tracker:
         path = self.directory / "metrics.jsonl"
         with _writing(path):
             self.directory.mkdir(parents=True, exist_ok=True)
-            kept = path.read_bytes()[:offset] if offset else b""
+            kept = path.read_bytes()[:offset] if offset and path.exists() else b""
             if len(kept) < offset:
                 raise CheckpointError(
                     f"{path} holds {len(kept)} bytes, the checkpoint was taken at byte {offset}: "
@@ -199,7 +199,8 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set W&B's summary values: the numbers that stand for the run in its table of runs."""
-        self._feed(lambda run: run.summary.update(_plain(values)))
+        plain = _plain(values)
+        self._feed(lambda run: run.summary.update(plain))
 
     def close(self, exit_code: int = 0) -> None:
         """Close the record and finish the W&B run; closing twice is fine.
@@ -308,7 +309,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _append(file: io.FileIO, row: Row) -> None:
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    if file.write(line) != len(line):
+    end = file.seek(0, os.SEEK_END)
+    if file.write(line) != len(line):  # the disk is full: leave no torn line behind
+        file.truncate(end)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -1,0 +1,32 @@
+"""Images and labels as tensors: datasets, long-tail profiles, a device-resident loader."""
+
+from ncmethods.data.datasets import ImageData, Splits, available, fetch, load, names
+from ncmethods.data.loader import Batch, DeviceLoader, channel_stats
+from ncmethods.data.longtail import (
+    CONFUSABLE_ORDER,
+    class_counts,
+    default_order,
+    long_tail_counts,
+    long_tail_indices,
+    long_tailed,
+    reorder,
+)
+
+__all__ = [
+    "CONFUSABLE_ORDER",
+    "Batch",
+    "DeviceLoader",
+    "ImageData",
+    "Splits",
+    "available",
+    "channel_stats",
+    "class_counts",
+    "default_order",
+    "fetch",
+    "load",
+    "long_tail_counts",
+    "long_tail_indices",
+    "long_tailed",
+    "names",
+    "reorder",
+]

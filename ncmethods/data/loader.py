@@ -1,0 +1,210 @@
+"""A loader whose images live on the device; each batch is a function of (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncmethods._core import InputError
+from ncmethods.data.datasets import ImageData
+
+
+class Batch(NamedTuple):
+    """One training batch; with mixup the loss is lam · L(y) + (1 − lam) · L(y_mix)."""
+
+    x: Tensor  # float32 [B, C, H, W]
+    y: Tensor  # int64 [B]
+    y_mix: Tensor | None  # int64 [B], None without mixup
+    lam: float
+
+
+def channel_stats(data: ImageData) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, pixels in [0, 1]; a constant channel has sd 1.
+
+    Raises:
+        InputError: there are no images.
+    """
+    if not len(data):
+        raise InputError("channel_stats needs at least one image.")
+    means, sds = [], []
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel in data.images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float(share @ levels)
+        means.append(mean)
+        sds.append(math.sqrt(float(share @ (levels - mean) ** 2)) or 1.0)
+    return means, sds
+
+
+class DeviceLoader:
+    """Batches made on the device from images that stay there as uint8.
+
+    In training, ``epoch(e, start_step)`` yields ``Batch``: shuffled, cropped, flipped, mixed. Batch
+    (e, s) depends on (seed, e, s) alone: a resumed run sees what an unbroken one would have seen.
+    Each rank takes its slice of one global batch: the union over ranks is the batch of a single
+    process. A short last batch is trimmed to a multiple of ``world``, and dropped when it leaves
+    fewer than 2 images per rank (BatchNorm needs 2).
+
+    With ``train=False``, iterating yields ``(x, y)`` in order, without augmentation; rank r sees
+    the images r, r + world, …, each once.
+
+    Args:
+        data: images and labels.
+        batch_size: images per step over all ranks.
+        device: where images and batches live.
+        seed: of order and augmentation, ≥ 0; the global random state is not touched.
+        train: training or evaluation.
+        mean: of each channel, pixels in [0, 1]; computed from ``data`` if None.
+        std: likewise.
+        crop: zero padding in pixels before a random crop of the original size.
+        flip: mirror half of the images.
+        mixup: a of lam ~ Beta(a, a), one lam per batch; 0 is off.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        InputError: a value that cannot work; the message says why.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        train: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        _, C, H, W = data.images.shape
+        measured = channel_stats(data)
+        self.mean = list(measured[0] if mean is None else mean)
+        self.std = list(measured[1] if std is None else std)
+        if not len(self.mean) == len(self.std) == C or min(self.std) <= 0:
+            raise InputError(
+                f"mean and std must have one value per channel ({C}), std > 0, got mean "
+                f"{self.mean} and std {self.std}."
+            )
+        if not 0 <= rank < world:
+            raise InputError(f"rank must lie in 0 … world − 1 = {world - 1}, got {rank}.")
+        if seed < 0 or crop < 0 or not (math.isfinite(mixup) and mixup >= 0):
+            raise InputError(
+                f"seed, crop and mixup must be ≥ 0, got seed={seed}, crop={crop}, mixup={mixup}."
+            )
+        if not train and (crop or flip or mixup):
+            raise InputError("crop, flip and mixup need train=True: evaluation does not augment.")
+        if train and (batch_size % world or batch_size < 2 * world):
+            raise InputError(
+                f"batch_size is over all ranks: it must be a multiple of world = {world} with at "
+                f"least 2 images per rank, got {batch_size}."
+            )
+        if train and len(data) < 2 * world:
+            raise InputError(
+                f"Training needs at least 2 images per rank: {2 * world} for world = {world}, "
+                f"got {len(data)}."
+            )
+        if batch_size < 1:
+            raise InputError(f"batch_size must be ≥ 1, got {batch_size}.")
+        self.batch_size, self.seed, self.train = batch_size, seed, train
+        self.crop, self.flip, self.mixup, self.rank, self.world = crop, flip, mixup, rank, world
+        self.device = torch.device(device)
+        self.images = data.images.to(self.device)
+        self.labels = data.labels.to(self.device)
+        # In units of the uint8 pixels; subtraction and division round the same for every slice.
+        self._mean = 255 * torch.tensor(self.mean, device=self.device)[:, None, None]
+        self._std = 255 * torch.tensor(self.std, device=self.device)[:, None, None]
+        self._rows = torch.arange(H, device=self.device)
+        self._cols = torch.arange(W, device=self.device)
+
+    def __len__(self) -> int:
+        """Steps per epoch on this rank."""
+        if not self.train:
+            return math.ceil(len(range(self.rank, len(self.labels), self.world)) / self._per_rank)
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full + (rest // self.world >= 2)
+
+    @property
+    def _per_rank(self) -> int:
+        return math.ceil(self.batch_size / self.world)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, from ``start_step`` on.
+
+        Raises:
+            InputError: the loader evaluates, or the position does not exist.
+        """
+        if not self.train:
+            raise InputError("epoch() needs train=True; iterate an evaluation loader directly.")
+        if epoch < 0 or not 0 <= start_step <= len(self):
+            raise InputError(
+                f"epoch must be ≥ 0 and start_step in 0 … {len(self)}, got {epoch}, {start_step}."
+            )
+        return self._batches(epoch, start_step)
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        order = self._random(epoch, 0).permutation(len(self.labels))
+        for step in range(start_step, len(self)):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            b = len(chosen) // self.world * self.world
+            # The draws are for the global batch; this rank builds its slice [lo, hi) of it.
+            rng = self._random(epoch, step + 1)
+            draws = np.stack([chosen[:b], *rng.integers(0, 2 * self.crop + 1, (2, b))])
+            draws = np.vstack([draws, rng.integers(0, 1 + self.flip, b)])  # [4, b]
+            lo, hi = (b // self.world * r for r in (self.rank, self.rank + 1))
+            x, y = self._build(draws[:, lo:hi])
+            if not self.mixup:
+                yield Batch(x, y, None, 1.0)
+                continue
+            lam = float(rng.beta(self.mixup, self.mixup))
+            other, y_mix = self._build(draws[:, rng.permutation(b)[lo:hi]])
+            yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and labels in order.
+
+        Raises:
+            InputError: the loader trains.
+        """
+        if self.train:
+            raise InputError("A training loader has epochs: iterate loader.epoch(e).")
+        for start in range(len(self)):
+            first = self.rank + start * self._per_rank * self.world
+            part = slice(first, first + self._per_rank * self.world, self.world)
+            yield self._normalized(self.images[part]), self.labels[part]
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        """An own generator for the order (stream 0) or a step (1, 2, …) of ``epoch``."""
+        return np.random.default_rng([self.seed, epoch, stream])
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self._mean).div_(self._std)
+
+    def _build(self, draws: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Images and labels for ``draws`` [4, b]: index, row offset, column offset, mirrored."""
+        sent = torch.from_numpy(draws)
+        if self.device.type == "cuda":
+            sent = sent.pin_memory()
+        index, dy, dx, mirrored = sent.to(self.device, non_blocking=True)
+        images = self.images[index]
+        if self.crop or self.flip:
+            images = F.pad(images, (self.crop,) * 4)
+            rows = self._rows + dy[:, None]  # [b, H]
+            cols = self._cols + dx[:, None]  # [b, W]
+            cols = torch.where(mirrored[:, None] == 1, cols.flip(1), cols)
+            flat = rows[:, :, None] * images.shape[3] + cols[:, None, :]  # [b, H, W]
+            flat = flat[:, None].expand(-1, images.shape[1], -1, -1).flatten(2)
+            images = images.flatten(2).gather(2, flat).view(len(index), -1, *self.images.shape[2:])
+        return self._normalized(images), self.labels[index]

@@ -1,0 +1,212 @@
+"""Long-tail profiles: how many images each class keeps, which ones, and which classes are rare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncmethods._core import InputError, check_choice, check_labels, check_num_classes
+from ncmethods.data.datasets import ImageData, Splits
+
+Profile = Literal["exp", "step", "balanced"]
+
+CONFUSABLE_ORDER = (1, 8, 9, 5, 7, 3, 0, 4, 2, 6)
+"""Fashion-MNIST's classes with the ones that look alike (T-shirt, coat, pullover, shirt) last."""
+
+
+def long_tail_counts(
+    n_max: int,
+    num_classes: int,
+    imbalance: float,
+    profile: Profile = "exp",
+    *,
+    rare_classes: int | None = None,
+) -> list[int]:
+    """Training images per class, from the most frequent class to the rarest.
+
+    ``exp``: n_c = ⌊n_max · R^(−c/(K−1))⌋. ``step``: n_max for the first classes and ⌊n_max/R⌋ for
+    the ``rare_classes`` last ones. ``balanced``: n_max for all (the control; R plays no part).
+
+    Args:
+        n_max: images of the most frequent class.
+        num_classes: K.
+        imbalance: R = n_max / n_min, at least 1.
+        profile: shape of the tail.
+        rare_classes: size of the rare group of ``step``; half of the classes if None.
+
+    Raises:
+        InputError: R < 1, an unknown profile, or a class that would be left without images.
+
+    References:
+        Cao et al., arXiv:1906.07413, and its public generator, which the field reuses.
+    """
+    check_choice(profile, ("exp", "step", "balanced"), "profile")
+    check_num_classes(num_classes)
+    if not (math.isfinite(imbalance) and imbalance >= 1):
+        raise InputError(f"imbalance R = n_max / n_min must be a number ≥ 1, got {imbalance}.")
+    if n_max < 1 or (profile != "balanced" and n_max < imbalance):
+        raise InputError(
+            f"n_max = {n_max} with imbalance {imbalance:g} leaves the rarest class without images. "
+            "Lower the imbalance to n_max at most, or raise n_max."
+        )
+    if rare_classes is not None and (profile != "step" or not 0 < rare_classes < num_classes):
+        raise InputError(
+            f"rare_classes belongs to profile 'step' and lies between 1 and K − 1 = "
+            f"{num_classes - 1}, got {rare_classes} with profile {profile!r}."
+        )
+    if profile == "balanced":
+        return [n_max] * num_classes
+    if profile == "exp":
+        shares = [imbalance ** (-c / (num_classes - 1)) for c in range(num_classes)]
+    else:
+        rare = num_classes - num_classes // 2 if rare_classes is None else rare_classes
+        shares = [1.0] * (num_classes - rare) + [1 / imbalance] * rare
+    # The nudge keeps 500 · 100^(-1) at 5 where rounding would make it 4.999….
+    return [math.floor(n_max * share * (1 + 1e-12)) for share in shares]
+
+
+def long_tail_indices(labels: Tensor, counts: Sequence[int], *, seed: int) -> Tensor:
+    """Indices of a random subset with ``counts[c]`` images of class c, without repetition.
+
+    With classes in their canonical order, seed 0 draws the images of the LDAM-DRW generator.
+
+    Args:
+        labels: [N] int64.
+        counts: images to draw per class.
+        seed: of the draw.
+
+    Returns:
+        int64 [sum(counts)], class by class.
+
+    Raises:
+        InputError: a class has fewer images than its count, or has no count.
+    """
+    known = check_labels(labels).cpu().numpy()
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must lie in 0 … 2³² − 1, got {seed}.")
+    if known.max(initial=-1) >= len(counts):
+        raise InputError(
+            f"counts must have one entry per class: {len(counts)} given, but there is a label "
+            f"{known.max()}."
+        )
+    rng = np.random.RandomState(seed)  # its stream is frozen: the same subset in every release
+    chosen = []
+    for c, count in enumerate(counts):
+        members = np.flatnonzero(known == c)
+        if not 0 <= count <= len(members):
+            raise InputError(
+                f"Class {c}: {count} images wanted, but the dataset has {len(members)}. "
+                "Lower n_max, or change the order of the classes."
+            )
+        rng.shuffle(members)
+        chosen.append(members[:count])
+    return torch.from_numpy(np.concatenate(chosen))
+
+
+def reorder(data: ImageData, order: Sequence[int]) -> ImageData:
+    """Relabel ``data`` so that the new class i is the old class ``order[i]``.
+
+    Args:
+        data: images with labels.
+        order: a permutation of 0 … K−1, most frequent class first for a long tail.
+
+    Raises:
+        InputError: ``order`` is not a permutation of the classes.
+    """
+    if sorted(order) != list(range(data.num_classes)):
+        raise InputError(
+            f"order must hold each class index 0 … {data.num_classes - 1} once, got {list(order)}."
+        )
+    new = torch.empty(data.num_classes, dtype=torch.int64)
+    new[list(order)] = torch.arange(data.num_classes)
+    return replace(data, labels=new[data.labels], classes=tuple(data.classes[c] for c in order))
+
+
+def default_order(name: str, num_classes: int) -> tuple[int, ...]:
+    """Class order of a long tail on dataset ``name``: canonical, but confusable on Fashion-MNIST.
+
+    In canonical order Fashion-MNIST's tail (sneaker, bag, ankle boot) is easy and hides the effect.
+    """
+    if name in ("fashion-mini", "fashion-mnist"):
+        return CONFUSABLE_ORDER
+    return tuple(range(num_classes))
+
+
+def class_counts(data: object, num_classes: int | None = None) -> Tensor:
+    """Samples per class, int64 [K]; negative labels (ignored samples) are not counted.
+
+    Args:
+        data: labels (tensor, array or list), or a dataset that holds them: ``ImageData``,
+            ``torch.utils.data.Subset``, or one with ``targets`` or ``labels`` as in torchvision.
+        num_classes: K; if None, the dataset's ``classes``, or the largest label + 1.
+
+    Raises:
+        InputError: no labels found, not integers [N], or a label ≥ K.
+    """
+    labels, known = _labels_of(data)
+    size = num_classes or known
+    counts = torch.bincount(labels[labels >= 0], minlength=size or 0)
+    if not len(counts):
+        raise InputError("There are no labels to count: the dataset is empty.")
+    if size is not None and len(counts) > size:
+        raise InputError(
+            f"Labels must lie below num_classes = {size}, got {int(labels.max())}. "
+            "Pass the right num_classes, or drop those samples."
+        )
+    return counts
+
+
+def _labels_of(data: object) -> tuple[Tensor, int | None]:
+    """Labels [N] of a dataset or of a plain sequence, and the number of classes if it knows it."""
+    if isinstance(data, torch.utils.data.Subset):
+        labels, known = _labels_of(data.dataset)
+        return labels[list(data.indices)], known
+    found = getattr(data, "targets", getattr(data, "labels", data))
+    if not isinstance(found, Tensor | np.ndarray | list | tuple):
+        raise InputError(
+            f"class_counts needs labels, or a dataset with .targets or .labels, "
+            f"got {type(data).__name__}."
+        )
+    try:
+        labels = torch.as_tensor(found).cpu()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"labels must be class indices, a list of integers: {error}.") from error
+    classes = getattr(data, "classes", None)
+    return check_labels(labels), len(classes) if classes else None
+
+
+def long_tailed(
+    splits: Splits,
+    *,
+    imbalance: float,
+    profile: Profile = "exp",
+    n_max: int | None = None,
+    order: Sequence[int] | None = None,
+    seed: int,
+) -> Splits:
+    """A long-tailed training set; the test set stays whole, relabelled in the same order.
+
+    Args:
+        splits: training and test images.
+        imbalance: R = n_max / n_min.
+        profile: ``exp``, ``step`` or ``balanced`` (see ``long_tail_counts``).
+        n_max: images of the most frequent class; what every class can give if None.
+        order: old class indices, most frequent first; ``default_order`` if None.
+        seed: of the subset.
+
+    Raises:
+        InputError: see ``long_tail_counts``, ``long_tail_indices`` and ``reorder``.
+    """
+    K = splits.train.num_classes
+    order = default_order(splits.name, K) if order is None else order
+    train = reorder(splits.train, order)
+    n_max = int(class_counts(train).min()) if n_max is None else n_max
+    counts = long_tail_counts(n_max, K, imbalance, profile)
+    indices = long_tail_indices(train.labels, counts, seed=seed)
+    return Splits(train.subset(indices), reorder(splits.test, order), splits.name)

@@ -1,0 +1,374 @@
+"""Features of a model: FeatureSet, and three ways to get them.
+
+``extract`` keeps every row, ``accumulate`` keeps only the moments, ``capture`` watches a forward
+pass that somebody else's loop makes. ``features`` always means the head's input after its neck and
+before any L2 normalisation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncmethods._core import (
+    InputError,
+    Output,
+    atomic_path,
+    check_features,
+    check_labels,
+    check_num_classes,
+    find_head,
+    is_head,
+    unwrap,
+)
+from ncmethods.stats import ClassStats
+
+__all__ = ["Captured", "FeatureSet", "accumulate", "capture", "extract"]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of a set of samples, with labels and logits where they are known.
+
+    Args:
+        features: [N, D] floating point.
+        labels: int64 [N], or None when unknown.
+        num_classes: K.
+        logits: [N, K], or None.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit each other.
+    """
+
+    features: Tensor
+    labels: Tensor | None
+    num_classes: int
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes and dtypes."""
+        check_num_classes(self.num_classes)
+        object.__setattr__(self, "features", check_features(self.features))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", check_labels(self.labels, len(self)))
+        wanted = (len(self), self.num_classes)
+        if self.logits is not None and tuple(self.logits.shape) != wanted:
+            raise InputError(
+                f"logits must be [N, K] = {list(wanted)}, got {list(self.logits.shape)}."
+            )
+
+    def __len__(self) -> int:
+        """Number of samples N."""
+        return len(self.features)
+
+    @property
+    def dim(self) -> int:
+        """Feature dimension D."""
+        return self.features.shape[1]
+
+    @cached_property
+    def stats(self) -> ClassStats:
+        """Class moments of these features (computed once).
+
+        Raises:
+            InputError: there are no labels.
+        """
+        if self.labels is None:
+            raise InputError("A FeatureSet without labels has no class statistics. Pass labels.")
+        return ClassStats(self.num_classes, self.dim).update(self.features, self.labels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as safetensors (``features``, ``labels``, ``logits``): all of the file or none."""
+        from safetensors.torch import save_file
+
+        parts = {"features": self.features, "labels": self.labels, "logits": self.logits}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in parts.items() if v is not None}
+        fields = json.dumps({"num_classes": self.num_classes})
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"ncmethods.FeatureSet": fields})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FeatureSet:
+        """Read a safetensors file with ``features`` and, if known, ``labels`` and ``logits``.
+
+        A file written by other programs needs no metadata: K is then the width of ``logits``, or
+        one more than the largest label.
+
+        Raises:
+            InputError: the file is missing, damaged, or lacks ``features``.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"Cannot read {path} as safetensors features: {error}") from error
+        features, labels = tensors.get("features"), tensors.get("labels")
+        logits = tensors.get("logits")
+        if features is None:
+            raise InputError(f"{path} has no tensor 'features'; it has {sorted(tensors)}.")
+        if "ncmethods.FeatureSet" in meta:
+            K = json.loads(meta["ncmethods.FeatureSet"])["num_classes"]
+        elif logits is not None:
+            K = logits.shape[1]
+        elif labels is not None and len(labels):
+            K = int(labels.max()) + 1
+        else:
+            raise InputError(f"{path} says nothing about the number of classes: add 'labels'.")
+        return cls(features, labels, K, logits)
+
+
+class Captured:
+    """What :func:`capture` saw of the last forward pass."""
+
+    def __init__(self) -> None:
+        self._features: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """Features [N, D] of the last forward pass, with its autograd graph.
+
+        Raises:
+            InputError: no batch has passed through the head since ``capture`` began.
+        """
+        if self._features is None:
+            raise InputError(
+                "capture saw no features: run the model inside the `with capture(model)` block, "
+                "and check that its forward reaches the head (name='…' picks another layer)."
+            )
+        return self._features
+
+
+@contextmanager
+def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
+    """Watch what the rows of the classifier act on, in forward passes made by any loop.
+
+    For a plain ``nn.Linear`` that is its input; for a head of this library the output of its neck.
+    Works through DistributedDataParallel and ``torch.compile``; compiled code runs eagerly inside
+    the block, since a compiled graph does not call hooks.
+
+    Args:
+        model: any model that has a classifier head.
+        name: dotted name of the head, where :func:`ncmethods.heads.find_head` finds several.
+
+    Yields:
+        Captured, whose ``features`` are those of the last forward pass.
+
+    Raises:
+        InputError: no head, or several.
+    """
+    head = find_head(model, name=name).module
+    seen = Captured()
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen._features = args[0] if args else next(iter(kwargs.values()))
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        seen._features = output
+
+    neck = getattr(head, "neck", None) if is_head(head) else None
+    if isinstance(neck, nn.Module):
+        handle = neck.register_forward_hook(after)
+    else:
+        handle = head.register_forward_pre_hook(before, with_kwargs=True)
+    with _eager(model):
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+def _eager(model: nn.Module) -> Any:
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def extract(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int | None = None,
+    *,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    out_device: torch.device | str = "cpu",
+    progress: bool | None = None,
+) -> FeatureSet:
+    """Features, logits and labels of every sample of a loader.
+
+    The model runs in eval mode without gradients; the mode of each module is restored. Under DDP
+    each rank keeps its shard, without the samples that a DistributedSampler repeats as padding.
+
+    Args:
+        model: a Classifier, or any model with a classifier head that :func:`capture` can watch.
+        loader: yields ``x``, ``(x, y, …)`` or a dict.
+        num_classes: K; taken from the logits if None.
+        name: dotted name of the head, where several fit.
+        device: where the model runs; its own device if None.
+        out_device: where the result lies.
+        progress: show a bar; on a terminal if None.
+
+    Returns:
+        FeatureSet in float32 (float64 for float64 models).
+
+    Raises:
+        InputError: the loader is empty or yields something else.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for features, logits, labels in _passes(model, loader, name, device, progress):
+        y = None if labels is None else labels.to(out_device)
+        parts.append((features.to(out_device), logits.to(out_device), y))
+    if not parts:
+        raise InputError("The loader yielded no batch: there is nothing to extract.")
+    labelled = all(y is not None for _, _, y in parts)
+    keep = _own_samples(loader, sum(len(f) for f, _, _ in parts))
+    return FeatureSet(
+        torch.cat([f for f, _, _ in parts])[:keep],
+        torch.cat([y for _, _, y in parts if y is not None])[:keep] if labelled else None,
+        parts[0][1].shape[1] if num_classes is None else num_classes,
+        torch.cat([z for _, z, _ in parts])[:keep],
+    )
+
+
+def accumulate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int | None = None,
+    *,
+    scatter: bool = True,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> ClassStats:
+    """Class moments of a model's features over a loader, in memory that does not grow with N.
+
+    Like :func:`extract` followed by ``.stats``, without keeping the features. Under DDP call
+    ``all_reduce()`` on the result.
+
+    Args:
+        model: as in :func:`extract`.
+        loader: yields ``(x, y, …)`` or a dict with labels.
+        num_classes: K; taken from the logits if None.
+        scatter: keep the [D, D] scatter.
+        name: dotted name of the head, where several fit.
+        device: where the model runs; its own device if None.
+        progress: show a bar; on a terminal if None.
+
+    Raises:
+        InputError: the loader is empty or has no labels.
+    """
+    stats: ClassStats | None = None
+    left = _own_samples(loader, sys.maxsize)
+    for features, logits, labels in _passes(model, loader, name, device, progress):
+        if labels is None:
+            raise InputError("accumulate needs labels: the loader must yield (x, y, …) or a dict.")
+        if stats is None:
+            K = logits.shape[1] if num_classes is None else num_classes
+            stats = ClassStats(K, features.shape[1], scatter=scatter)
+        stats.update(features[:left], labels[:left])
+        left = max(0, left - len(features))
+    if stats is None:
+        raise InputError("The loader yielded no batch: there is nothing to accumulate.")
+    return stats
+
+
+@torch.no_grad()
+def _passes(
+    model: nn.Module,
+    loader: Iterable[Any],
+    name: str | None,
+    device: torch.device | str | None,
+    progress: bool | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Features, logits and labels of each batch, in eval mode; modes restored at the end."""
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    watch = nullcontext() if _gives_output(model) else capture(model, name=name)
+    try:
+        with watch as seen:
+            for batch in _progress(loader, progress):
+                x, y = _split(batch)
+                out = model(x.to(device, non_blocking=True))
+                if isinstance(out, Output):
+                    features, logits = out
+                else:
+                    assert seen is not None
+                    features, logits = seen.features, _logits(out)
+                yield check_features(features.flatten(1)), logits, y
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _gives_output(model: nn.Module) -> bool:
+    return bool(getattr(unwrap(model), "returns_output", False))
+
+
+def _logits(out: Any) -> Tensor:
+    """The logits of a foreign model's output: ``.logits``, or the first element."""
+    logits = getattr(out, "logits", out[0] if isinstance(out, (tuple, list)) else out)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise InputError(
+            f"The model must return logits [N, K], an object with .logits, or a tuple that begins "
+            f"with them; got {type(out).__name__}."
+        )
+    return logits
+
+
+_X_KEYS = ("x", "image", "images", "img", "pixel_values", "inputs", "input")
+_Y_KEYS = ("y", "label", "labels", "target", "targets")
+
+
+def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Inputs and labels of a batch: ``x``, ``(x, y, …)`` or a dict."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        x = next((batch[k] for k in _X_KEYS if k in batch), None)
+        y = next((batch[k] for k in _Y_KEYS if k in batch), None)
+    elif isinstance(batch, (tuple, list)) and batch:
+        x, y = batch[0], batch[1] if len(batch) > 1 else None
+    else:
+        x = y = None
+    if not isinstance(x, Tensor) or not (y is None or isinstance(y, Tensor)):
+        raise InputError(
+            "A loader must yield x, (x, y, …) or a dict with one of "
+            f"{', '.join(_X_KEYS)} and one of {', '.join(_Y_KEYS)}; got {type(batch).__name__}."
+        )
+    return x, None if y is None else check_labels(y, len(x))
+
+
+def _own_samples(loader: Any, total: int) -> int:
+    """How many of this rank's samples are its own, not padding of a DistributedSampler."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, torch.utils.data.distributed.DistributedSampler):
+        return total
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    own = len(range(sampler.rank, size, sampler.num_replicas))
+    return min(total, own)
+
+
+def _progress(loader: Iterable[Any], progress: bool | None) -> Iterable[Any]:
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not progress:
+        return loader
+    from tqdm import tqdm
+
+    bar: Callable[..., Iterable[Any]] = tqdm
+    return bar(loader, desc="features", leave=False)

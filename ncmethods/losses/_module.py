@@ -1,0 +1,43 @@
+"""The one adapter from loss functions to modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ncmethods._core import InputError, bind
+
+__all__ = ["LossModule"]
+
+
+class LossModule(nn.Module):
+    """Any loss function as an ``nn.Module``, for trainers that want one.
+
+    Tensors among the hyperparameters (``counts``, ``class_weight``) become buffers, so they follow
+    ``.to(device)`` and travel in the ``state_dict``.
+
+    Args:
+        function: a loss such as ``losses.ldam``.
+        **hyper: its hyperparameters.
+
+    ``forward`` takes the tensors by their names (``features=``, ``logits=``, ``labels=``,
+    ``weight=``) and passes on those that the function asks for.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], **hyper: Any) -> None:
+        super().__init__()
+        self._names = [name for name, value in hyper.items() if isinstance(value, Tensor)]
+        for name in self._names:
+            self.register_buffer(name, hyper.pop(name))
+        self.function = partial(function, **hyper)
+
+    def forward(self, **tensors: Tensor) -> Tensor:
+        """The loss [] of the named tensors."""
+        both = tensors.keys() & set(self._names)
+        if both:
+            raise InputError(f"{sorted(both)} were fixed when this LossModule was made.")
+        available = tensors | {name: getattr(self, name) for name in self._names}
+        return self.function(**bind(self.function, available))

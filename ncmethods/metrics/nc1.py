@@ -1,0 +1,114 @@
+"""NC1, variability collapse: how small the classes are beside the distances between them.
+
+All four measures are ≥ 0, and 0 at collapse. Classes without samples are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ncmethods._core import InputError
+from ncmethods._linalg import trace_pinv_product, truncated_svd
+from ncmethods.stats import ClassStats
+
+__all__ = ["cdnv", "nc1_pinv", "nc1_rank", "trace_ratio", "vci"]
+
+
+def between_rows(stats: ClassStats, weighting: str = "class") -> Tensor:
+    """Rows R [K_active, D] with RᵀR = Σ_B: centred means times the roots of their shares.
+
+    Raises:
+        InputError: fewer than two classes have samples.
+    """
+    shares = stats.class_shares(weighting)
+    active = shares > 0
+    if int(active.sum()) < 2:
+        raise InputError(
+            f"Neural collapse compares classes: at least two need samples, got {stats.K_active}."
+        )
+    return (stats.centered_means(weighting) * shares.sqrt()[:, None])[active]
+
+
+def _nc1_terms(stats: ClassStats, weighting: str) -> tuple[Tensor, int]:
+    """Tr(Σ_W Σ_B†)/K and the rank that Σ_B was inverted at."""
+    R = between_rows(stats, weighting)
+    S, V = truncated_svd(R, min(len(R) - 1, stats.dim))
+    spread = ((V @ stats.sigma_w) * V).sum(1)  # v_jᵀ Σ_W v_j
+    return (spread / S.square()).sum() / len(R), len(S)
+
+
+def nc1_pinv(stats: ClassStats, *, weighting: str = "class") -> Tensor:
+    """NC1 of the papers, Tr(Σ_W Σ_B†)/K, [].
+
+    Σ_B is inverted at rank min(K_active − 1, D), less directions in which the means agree to
+    rounding (:func:`nc1_rank` tells how many were kept). Σ_W is weighted as it was accumulated.
+
+    Args:
+        stats: with scatter.
+        weighting: of the means in μ_G and Σ_B: ``"class"`` or ``"sample"``. On a long tail the
+            choice moves NC1 by an order of magnitude.
+
+    Raises:
+        InputError: fewer than two classes with samples, or no scatter.
+
+    References:
+        Papyan, Han, Donoho 2020, arXiv:2008.08186, §2 (NC1) and Figure 6.
+    """
+    return _nc1_terms(stats, weighting)[0]
+
+
+def nc1_rank(stats: ClassStats, *, weighting: str = "class") -> int:
+    """Rank at which :func:`nc1_pinv` inverts Σ_B."""
+    return _nc1_terms(stats, weighting)[1]
+
+
+def trace_ratio(stats: ClassStats, *, weighting: str = "class") -> Tensor:
+    """Tr Σ_W / Tr Σ_B, []: needs no scatter.
+
+    Args:
+        stats: class moments; Σ_W is weighted by sample.
+        weighting: of the means in μ_G and Σ_B.
+
+    References:
+        Tirer, Huang, Niles-Weed 2023, arXiv:2210.13963 (NC1 by traces).
+    """
+    within = stats.trace.sum() / stats.counts.sum()
+    return within / between_rows(stats, weighting).square().sum()
+
+
+def cdnv(stats: ClassStats) -> Tensor:
+    """Class-distance normalised variance, []: needs no scatter.
+
+    The mean over ordered pairs of classes of (v_i + v_j) / (2‖μ_i − μ_j‖²), with v_c the mean
+    squared distance to the class mean.
+
+    Raises:
+        InputError: fewer than two classes with samples.
+
+    References:
+        Galanti, György, Hutter 2022, arXiv:2112.15121, eq. (4).
+    """
+    active = stats.active
+    M = stats.centered_means()[active]
+    v = (stats.trace / stats.counts)[active]
+    K = len(M)
+    if K < 2:
+        raise InputError(f"CDNV compares classes: at least two need samples, got {K}.")
+    square = torch.cdist(M, M, compute_mode="donot_use_mm_for_euclid_dist").square()
+    closeness = square.fill_diagonal_(torch.inf).reciprocal().sum(1)  # Σ_j 1/‖μ_i − μ_j‖²
+    return (v @ closeness) / (K * (K - 1))
+
+
+def vci(stats: ClassStats, *, weighting: str = "class") -> Tensor:
+    """Variability collapse index 1 − Tr(Σ_T† Σ_B) / rank Σ_B, [], in [0, 1].
+
+    Σ_T = Σ_W + Σ_B with the same weighting of Σ_B; rank Σ_B as in :func:`nc1_pinv`. Unlike NC1 it
+    is unchanged by any invertible linear map of the features.
+
+    References:
+        Xu, Liu 2023, arXiv:2306.03440, eq. (3).
+    """
+    R = between_rows(stats, weighting)
+    S, _ = truncated_svd(R, min(len(R) - 1, stats.dim))
+    return 1 - trace_pinv_product(stats.sigma_w + R.T @ R, R) / len(S)

@@ -1,0 +1,28 @@
+"""One function per figure, each returning a matplotlib Figure, and the self-contained HTML report.
+
+Figures are made to be read at 4.5 inches, which is a column of a paper and the width of a phone.
+"""
+
+from ncmethods.viz.figures import (
+    class_accuracy,
+    comparison,
+    confusion,
+    cosine_heatmap,
+    nc_curves,
+)
+from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
+
+__all__ = [
+    "Details",
+    "Heading",
+    "Image",
+    "Section",
+    "Table",
+    "Text",
+    "class_accuracy",
+    "comparison",
+    "confusion",
+    "cosine_heatmap",
+    "html_report",
+    "nc_curves",
+]

@@ -1,0 +1,364 @@
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from ncmethods import viz
+from ncmethods._core import InputError
+from ncmethods.viz import Details, Heading, Image, Table, Text, html_report
+
+NAMES = ["ankle boot", "bag", "coat"]
+COUNTS = torch.tensor([100, 10, 30])
+
+
+def curve_rows(scale=1.0, epochs=range(1, 4)):
+    out = [{"epoch": 0, "train/loss": 2.0}]
+    for e in epochs:
+        row = {"epoch": e, "train/nc1/pinv": scale / e, "test/nc1/pinv": 2 * scale / e}
+        out.append(row | {"train/angle/rare_means_min": None, "angle/rare_weight_min": 96.0})
+    return out
+
+
+def texts(axes):
+    return [t.get_text() for t in axes.texts]
+
+
+FIGURES = {
+    "nc_curves": lambda: viz.nc_curves(curve_rows()),
+    "nc_compared": lambda: viz.nc_curves({"ce": curve_rows(), "etf": curve_rows(0.5)}),
+    "cosine_heatmap": lambda: viz.cosine_heatmap(
+        torch.tensor([[3.0, 0, 1], [-2, 1, 0], [-1, -1, -1]]), NAMES, counts=COUNTS
+    ),
+    "class_accuracy": lambda: viz.class_accuracy(
+        [0.9, math.nan, 0.5], COUNTS, {"many": [0], "few": [1, 2]}, NAMES
+    ),
+    "confusion": lambda: viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES),
+    "comparison": lambda: viz.comparison({"ce": {"acc": [0.5, 0.6]}, "etf": {"acc": [0.7]}}),
+}
+
+
+def test_importing_viz_does_not_import_matplotlib_and_figures_do_not_import_pyplot():
+    code = (
+        "import sys, torch; from ncmethods import viz; assert 'matplotlib' not in sys.modules;"
+        "viz.cosine_heatmap(torch.eye(3)); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
+def test_every_figure_is_column_wide_titled_and_has_text_of_at_least_9_points(make):
+    from matplotlib.text import Text as Label
+
+    figure = make()
+    figure.draw_without_rendering()
+    assert figure.get_size_inches()[0] == 4.5
+    drawn = [t for t in figure.findobj(Label) if t.get_text() and t.get_visible()]
+    assert min(t.get_fontsize() for t in drawn if not re.match(r"\$\\math", t.get_text())) >= 9
+    for axes in figure.axes:
+        if axes.get_label() != "<colorbar>":
+            assert axes.get_title() or axes.get_title(loc="left")
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
+def test_no_label_is_cut_off_at_the_border(make):
+    figure = make()
+    figure.draw_without_rendering()
+    inside = figure.bbox
+    for axes in figure.axes:
+        box = axes.get_tightbbox()
+        assert box.x0 >= inside.x0 - 1
+        assert box.x1 <= inside.x1 + 1
+        assert box.y0 >= inside.y0 - 1
+        assert box.y1 <= inside.y1 + 1
+
+
+# --- curves ------------------------------------------------------------------------------------
+
+
+def test_nc_curves_draws_one_panel_per_metric_and_one_line_per_prefix():
+    figure = viz.nc_curves(curve_rows())
+    nc1, head = figure.axes  # the metric that is null throughout has no panel
+    train, test = nc1.lines
+    np.testing.assert_allclose(train.get_xydata(), [[1, 1], [2, 1 / 2], [3, 1 / 3]])
+    np.testing.assert_allclose(test.get_ydata(), [2, 1, 2 / 3])
+    assert nc1.get_yscale() == "log"
+    assert head.get_yscale() == "linear"
+    assert len(head.lines) == 1
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["train", "test"]
+
+
+def test_nc_curves_compares_methods_and_draws_the_range_of_seeds():
+    seeds = curve_rows(1.0) + curve_rows(3.0)
+    figure = viz.nc_curves({"ce": seeds, "etf": curve_rows(0.1)}, ["nc1/pinv"], prefixes=["train"])
+    (axes,) = figure.axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [2, 1, 2 / 3])
+    (band,) = axes.collections
+    assert band.get_paths()[0].vertices[:, 1].min() == pytest.approx(1 / 3)
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(3)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ce", "etf"]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+def test_nc_curves_of_an_unknown_key_takes_its_name_as_title():
+    rows = [{"epoch": 1, "rank": 3}]
+    assert viz.nc_curves(rows, ["rank"]).axes[0].get_title(loc="left").startswith("rank")
+
+
+def test_full_collapse_has_no_logarithm_and_is_drawn_all_the_same():
+    axes = viz.nc_curves([{"epoch": 1, "nc1/pinv": 0.0}]).axes[0]
+    assert axes.get_yscale() == "linear"
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 0]])
+
+
+def test_nc_curves_says_what_the_rows_hold():
+    with pytest.raises(InputError, match="The rows hold: epoch, train/loss"):
+        viz.nc_curves([{"epoch": 0, "train/loss": 2.0}])
+    with pytest.raises(InputError, match="nothing"):
+        viz.nc_curves([])
+
+
+# --- heat maps ---------------------------------------------------------------------------------
+
+
+def test_heatmap_shows_the_cosines_on_a_fixed_scale():
+    vectors = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]], requires_grad=True)
+    axes = viz.cosine_heatmap(vectors, NAMES, counts=COUNTS).axes[0]
+    (image,) = axes.images
+    np.testing.assert_allclose(image.get_array(), [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-15)
+    assert image.get_clim() == (-1, 1)
+    assert texts(axes) == ["100", "0", "−100", "0", "100", "0", "−100", "0", "100"]
+    rows = [t.get_text() for t in axes.get_yticklabels()]
+    assert rows == ["ankle boot (100)", "bag (10)", "coat (30)"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == NAMES
+
+
+def test_heatmap_of_an_etf_is_flat_off_the_diagonal_whatever_its_scale():
+    etf = 7 * (torch.eye(4) - 0.25)
+    shown = viz.cosine_heatmap(etf).axes[0].images[0].get_array()
+    np.testing.assert_allclose(shown[~np.eye(4, dtype=bool)], -1 / 3, atol=1e-6)
+
+
+def test_an_empty_class_is_grey_in_its_row_and_column():
+    vectors = torch.eye(3)
+    vectors[1] = 0
+    axes = viz.cosine_heatmap(vectors).axes[0]
+    masked = np.isnan(np.ma.filled(axes.images[0].get_array(), np.nan))
+    assert masked.tolist() == [[False, True, False], [True] * 3, [False, True, False]]
+    assert len(axes.texts) == 4
+
+
+@pytest.mark.parametrize(("K", "cells", "ticks"), [(12, 144, 12), (13, 0, 13), (100, 0, 10)])
+def test_many_classes_drop_numbers_then_names(K, cells, ticks):
+    axes = viz.cosine_heatmap(torch.eye(K), counts=[1] * K).axes[0]
+    assert len(axes.texts) == cells
+    assert len(axes.get_xticklabels()) == ticks
+
+
+def test_long_class_names_are_cut_so_that_cells_keep_their_place():
+    axes = viz.confusion(torch.eye(2), ["a very long name of a class", "b"]).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a very long name …", "b"]
+
+
+def test_confusion_normalises_rows_and_names_the_axes():
+    axes = viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES).axes[0]
+    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
+    np.testing.assert_allclose(shown, [[0.75, 0.25, 0], [np.nan] * 3, [0.25, 0.25, 0.5]])
+    assert axes.images[0].get_clim() == (0, 1)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+# --- accuracy ----------------------------------------------------------------------------------
+
+
+def test_class_accuracy_sorts_by_counts_and_shades_by_group():
+    figure = viz.class_accuracy([0.9, 0.2, 0.5], COUNTS, {"many": [0], "few": [1, 2]}, NAMES)
+    (axes,) = figure.axes
+    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], [90, 50, 20])
+    labels = [t.get_text() for t in axes.get_xticklabels()]
+    assert labels == ["ankle boot (100)", "coat (30)", "bag (10)"]
+    colors = [bar.get_facecolor() for bar in axes.patches]
+    assert colors[0] != colors[1] == colors[2]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["many 90 %", "few 35 %"]
+    assert axes.get_ylabel() == "accuracy (%)"
+
+
+def test_class_accuracy_leaves_out_what_was_not_measured_and_greys_what_has_no_group():
+    nothing = viz.class_accuracy([math.nan, 0.2, 0.5], COUNTS, {"many": [0], "empty": []})
+    (axes,) = nothing.axes
+    assert texts(axes) == ["50", "20"]
+    assert not nothing.legends
+    assert axes.patches[1].get_facecolor() == axes.patches[2].get_facecolor()
+
+
+def test_comparison_shows_mean_sd_and_every_seed():
+    results = {
+        "ce": {"acc": [0.5, 0.6, 0.7], "angle": [20.0]},
+        "etf": {"acc": [0.8, math.nan, None]},
+    }
+    figure = viz.comparison(results, {"acc": "Accuracy (0–1)", "angle": "Angle (°)", "none": "?"})
+    accuracy, angle = figure.axes
+    assert accuracy.get_title(loc="left") == "Accuracy (0–1)"
+    assert [t.get_text() for t in accuracy.get_yticklabels()] == ["ce", "etf"]
+    ce, etf = accuracy.containers
+    assert ce.lines[0].get_xdata().item() == pytest.approx(0.6)
+    (segment,) = ce.lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [0.5, 0.7])  # mean ± sample sd
+    (segment,) = etf.lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [0.8, 0.8])
+    dots = [line.get_xdata() for line in accuracy.lines if line.get_markersize() < 3]
+    assert sorted(len(d) for d in dots) == [1, 3]
+    assert len(angle.containers) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: viz.cosine_heatmap(torch.ones(3)), "2-D"),
+        (lambda: viz.cosine_heatmap([[1.0]]), "2-D"),
+        (lambda: viz.cosine_heatmap(torch.eye(3), ["a"]), "1 names"),
+        (lambda: viz.cosine_heatmap(torch.eye(3), counts=[1]), "1 counts"),
+        (lambda: viz.confusion(torch.ones(2, 3)), "square"),
+        (lambda: viz.class_accuracy([0.1], COUNTS, {}), r"must both be \[K\]"),
+        (lambda: viz.comparison({}), "methods: none"),
+        (lambda: viz.comparison({"ce": {"a": [1.0]}}, {"b": "B"}), "methods: ce"),
+    ],
+)
+def test_bad_input_is_named(call, match):
+    with pytest.raises(InputError, match=match):
+        call()
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def sections():
+    return [
+        Text("One <script>alert(1)</script> & two.\n\nSecond paragraph."),
+        Heading("Results & more"),
+        Table(
+            ["method", "accuracy", "rare angle", *[f"column {i}" for i in range(12)]],
+            [["etf", "71.2 ± 0.4", None, *[0.123456] * 12], ["ce", "–", 2, *[-1e-7] * 12]],
+            caption="mean ± sd",
+        ),
+        *[Image(make(), f'"{name}" & co') for name, make in FIGURES.items()],
+        Details("Configuration", {"data": {"name": "digits", "n": 3}, "path": "x" * 300}),
+        Details("Command", "ncmethods long-tailed --methods " + "y" * 300),
+    ]
+
+
+def test_the_report_stands_alone_and_escapes_everything(tmp_path):
+    text = html_report(tmp_path / "report.html", title="a < b", sections=sections()).read_text()
+    page = Page(text)
+    assert not page.open
+    for tag, attrs in page.tags:
+        assert tag not in {"script", "link", "iframe", "base"}
+        assert not any(name.startswith("on") or name == "href" for name in attrs)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http" not in re.sub(r'base64,[^"]*', "", text)
+    images = page.all("img")
+    assert len(images) == len(FIGURES)
+    for image, name in zip(images, FIGURES, strict=True):
+        assert image["src"].startswith("data:image/png;base64,")
+        assert image["alt"] == f'"{name}" & co'
+        assert image["width"] == "450"
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all(
+        "meta"
+    )
+    assert "<title>a &lt; b</title>" in text
+    assert "<td>data.name</td><td>digits</td>" in text
+    assert text.count("<table>") == text.count('<div class="scroll"><table>') == 2
+
+
+def test_numbers_stand_right_and_read_short(tmp_path):
+    text = html_report(tmp_path / "r.html", title="t", sections=sections()[:3]).read_text()
+    assert '<td>etf</td><td class="n">71.2 ± 0.4</td><td class="n">–</td>' in text
+    assert '<td class="n">0.1235</td>' in text
+    assert '<td class="n">-1e-07</td>' in text
+
+
+def test_the_same_sections_give_the_same_bytes(tmp_path):
+    a = html_report(tmp_path / "a.html", title="t", sections=sections()[:4])
+    b = html_report(tmp_path / "b.html", title="t", sections=sections()[:4])
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_report_refuses_what_it_cannot_show(tmp_path):
+    with pytest.raises(InputError, match="got str"):
+        html_report(tmp_path / "r.html", title="t", sections=["text"])
+    with pytest.raises(InputError, match="2 cells"):
+        html_report(tmp_path / "r.html", title="t", sections=[Table(["a", "b"], [[1]])])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Cannot write"):
+        html_report(tmp_path / "file" / "r.html", title="t", sections=[])
+
+
+PROBE = """<script>addEventListener("load", () => {
+  document.querySelectorAll("details").forEach(d => d.open = true);
+  const shown = i => i.naturalWidth > 0 && i.getBoundingClientRect().width > 0
+    && i.getBoundingClientRect().right <= innerWidth;
+  const page = document.documentElement;
+  console.log("PROBE" + JSON.stringify({width: innerWidth, overflow: page.scrollWidth - innerWidth,
+    images: document.images.length, shown: [...document.images].filter(shown).length}));
+})</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 375])
+def test_a_real_browser_shows_every_figure_without_errors_or_sideways_scrolling(tmp_path, width):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    text = html_report(tmp_path / "report.html", title="Run", sections=sections()).read_text()
+    (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE))
+    (tmp_path / "window.html").write_text(  # headless windows are at least 500 px wide
+        f'<body style="margin:0"><iframe src="probed.html" style="width:{width}px; height:4000px; '
+        'border:0"></iframe>'
+    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update --enable-logging=stderr"
+    run = subprocess.run(
+        [
+            chromium,
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--screenshot={tmp_path / 'shot.png'}",
+            f"--window-size={width},4000",
+            (tmp_path / "window.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    (line,) = console  # the probe's own, and no error beside it
+    probe = json.loads(re.search(r"PROBE(\{.*?\})", line)[1].replace('\\"', '"'))
+    figures = len(FIGURES)
+    assert probe == {"width": width, "overflow": 0, "images": figures, "shown": figures}
+    assert (tmp_path / "shot.png").stat().st_size > 20_000
