@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ class SmallCNN(nn.Module):
                 nn.BatchNorm2d(b),
                 nn.ReLU(inplace=True),
             )
-            for i, (a, b) in enumerate(zip(channels, channels[1:]))
+            for i, (a, b) in enumerate(itertools.pairwise(channels))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +101,8 @@ class _ResNetCIFAR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, num_features] of images [N, C, H, W]."""
-        return reduce(self.layers(x), "n c h w -> n c", "mean")
+        features: Tensor = reduce(self.layers(x), "n c h w -> n c", "mean")
+        return features
 
 
 def resnet32(in_channels: int = 3, width: int = 16) -> nn.Module:
@@ -170,7 +172,7 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
         model = factory()
     if weights is not None:
         load_weights(model, weights)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -51,7 +51,7 @@ def test_orthogonal_rows_and_their_centred_simplex(K, D, dtype, bound):
 def test_canonical_is_the_centred_axes_padded(dim):
     K = 5
     want = torch.zeros(K, dim, dtype=torch.float64)
-    want[:, :K] = math.sqrt(K / (K - 1)) * (torch.eye(K) - torch.ones(K, K) / K).double()
+    want[:, :K] = math.sqrt(K / (K - 1)) * (torch.eye(K).double() - 1 / K)
     frame = simplex_etf(K, dim, rotation="canonical", dtype=torch.float64)
     torch.testing.assert_close(frame, want, rtol=0, atol=1e-15)
     assert torch.equal(orthogonal_frame(K, dim, rotation="canonical"), torch.eye(K, dim))
@@ -106,7 +106,7 @@ def test_haar_is_invariant_under_rotation():
 
 
 def test_haar_does_not_lean_on_the_ones_direction():
-    """QR of a *uniform* matrix, as several public copies do it, puts one axis on the ones vector."""
+    """QR of a *uniform* matrix, as in several public copies, puts one axis on the ones vector."""
     K, D, draws = 10, 64, 200
     generator = seeded(0)
     ones = torch.full((D,), D**-0.5, dtype=torch.float64)
@@ -118,7 +118,9 @@ def test_haar_does_not_lean_on_the_ones_direction():
     for _ in range(draws):
         frame = simplex_etf(K, D, generator=generator, dtype=torch.float64)
         haar.append(lean(torch.linalg.svd(frame.T, full_matrices=False).U[:, : K - 1]))
-    uniform = lean(torch.linalg.qr(torch.rand(D, K - 1, dtype=torch.float64, generator=generator)).Q)
+    uniform = lean(
+        torch.linalg.qr(torch.rand(D, K - 1, dtype=torch.float64, generator=generator)).Q
+    )
     # A random (K−1)-space holds √((K−1)/D) of a fixed direction on average.
     assert sum(haar) / draws == pytest.approx(math.sqrt((K - 1) / D), rel=0.05)
     assert uniform > 0.9

@@ -4,6 +4,7 @@ from ncmethods.data.datasets import ImageData, Splits, available, fetch, load, n
 from ncmethods.data.loader import Batch, DeviceLoader, channel_stats
 from ncmethods.data.longtail import (
     CONFUSABLE_ORDER,
+    TailConfig,
     class_counts,
     default_order,
     long_tail_counts,
@@ -18,6 +19,7 @@ __all__ = [
     "DeviceLoader",
     "ImageData",
     "Splits",
+    "TailConfig",
     "available",
     "channel_stats",
     "class_counts",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ncmethods._core import InputError, check_choice, check_labels, check_num_classes
-from ncmethods.data.datasets import ImageData, Splits
+from ncmethods.data.datasets import ImageData, Splits, load
 
 Profile = Literal["exp", "step", "balanced"]
 
@@ -210,3 +211,49 @@ def long_tailed(
     counts = long_tail_counts(n_max, K, imbalance, profile)
     indices = long_tail_indices(train.labels, counts, seed=seed)
     return Splits(train.subset(indices), reorder(splits.test, order), splits.name)
+
+
+@dataclass(frozen=True)
+class TailConfig:
+    """A dataset and its long tail, as a command line or a config file names them."""
+
+    name: str = "fashion-mini"
+    """One of the names that `ncmethods list` prints."""
+    imbalance: float = 100
+    """R: largest over smallest class."""
+    profile: Profile = "exp"
+    """Exponential decay, half of the classes rare, or no tail."""
+    n_max: int | None = None
+    """Images of the largest class; None takes all that every class has."""
+    order: tuple[int, ...] | None = None
+    """Old class indices, most frequent first; None takes the dataset's default order."""
+    groups: str = "thresholds"
+    """Many/medium/few by training count (>100, 20 to 100, <20), or by rank: 3/4/3, 5/5."""
+    root: Path | None = None
+    """Where the files are, if not in the usual places."""
+    size: int | None = None
+    """Resize images to this many pixels."""
+    seed: int = 0
+    """Of the choice of images; the same for every run."""
+
+    def load(self) -> Splits:
+        """The long-tailed training set and the whole test set.
+
+        Raises:
+            DataError: the dataset is missing or damaged.
+            InputError: a tail that the dataset cannot have.
+        """
+        return long_tailed(
+            load(self.name, self.root, size=self.size),
+            imbalance=self.imbalance,
+            profile=self.profile,
+            n_max=self.n_max,
+            order=self.order,
+            seed=self.seed,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON keeps them, without the machine's paths."""
+        fields = asdict(self) | {"order": None if self.order is None else list(self.order)}
+        del fields["root"]
+        return fields

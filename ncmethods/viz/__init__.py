@@ -11,8 +11,13 @@ from ncmethods.viz.figures import (
     nc_curves,
 )
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
+from ncmethods.viz.run import comparison_page, run_figures, run_page
+from ncmethods.viz.tables import ACCURACY, GEOMETRY, PANELS, summary, text_table
 
 __all__ = [
+    "ACCURACY",
+    "GEOMETRY",
+    "PANELS",
     "Details",
     "Heading",
     "Image",
@@ -21,8 +26,13 @@ __all__ = [
     "Text",
     "class_accuracy",
     "comparison",
+    "comparison_page",
     "confusion",
     "cosine_heatmap",
     "html_report",
     "nc_curves",
+    "run_figures",
+    "run_page",
+    "summary",
+    "text_table",
 ]

@@ -1,0 +1,5 @@
+"""``python -m ncmethods``, for torchrun."""
+
+from ncmethods.cli import main
+
+main()

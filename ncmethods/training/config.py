@@ -1,0 +1,131 @@
+"""What a run is made of: the model by name, and the hyperparameters of the loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ncmethods import heads, models
+from ncmethods._core import InputError, check_choice, check_num_classes
+from ncmethods.heads import Classifier
+
+__all__ = ["ModelConfig", "TrainConfig", "build_model", "lr_factor"]
+
+_HEADS = ("linear", *(name for name in heads.__all__ if name.endswith("_head") and name[0] in "ce"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Classifier that can be built again from its description.
+
+    Args:
+        backbone: a name for :func:`ncmethods.models.build`.
+        in_channels: C of the images.
+        num_classes: K.
+        head: ``"linear"``, or a builder in ``ncmethods.heads`` such as ``"etf_head"``.
+        head_args: keyword arguments of the builder.
+        weights: start weights of the backbone, as in :func:`ncmethods.models.build`.
+    """
+
+    backbone: str
+    in_channels: int
+    num_classes: int
+    head: str = "linear"
+    head_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+
+def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
+    """The Classifier that ``config`` describes, initialised from ``seed`` alone.
+
+    Raises:
+        InputError: an unknown backbone or head.
+    """
+    check_choice(config.head, _HEADS, "head")
+    K = check_num_classes(config.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = models.build(config.backbone, in_channels=config.in_channels, weights=config.weights)
+        builder: Any = nn.Linear if config.head == "linear" else getattr(heads, config.head)
+        make = partial(builder, **config.head_args)
+        if ":" not in config.backbone:
+            return Classifier(net, make(net.num_features, K))
+        return Classifier.from_model(net, make, num_classes=K)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of the loop."""
+
+    epochs: int = 40
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per step over all ranks."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all trained parameters."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    milestones: tuple[float, ...] = (0.8, 0.9)
+    """For the step schedule: fractions of the run after which lr is multiplied by gamma."""
+    gamma: float = 0.1
+    """Factor of the step schedule."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 is off."""
+    mixup: float = 0.0
+    """Beta(a, a) of mixup; 0 is off."""
+    crop: int = 0
+    """Zero padding of random crops in pixels; 0 is off."""
+    flip: bool = False
+    """Random horizontal mirroring."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    threads: int = 0
+    """CPU threads, kept with the run; 0 takes torch's default on this machine."""
+    measurements: int = 10
+    """How often per run accuracy and geometry are measured, the end included."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0 writes one at least every 100 steps, at the end of epochs."""
+
+    def __post_init__(self) -> None:
+        """Check what would only fail in the middle of a run."""
+        check_choice(self.schedule, ("cosine", "step", "constant"), "schedule")
+        for name in ("epochs", "batch_size", "measurements"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise InputError(f"lr must be positive and finite, got {self.lr}.")
+
+    def measured(self, epoch: int) -> bool:
+        """Whether geometry is measured after ``epoch`` (counted from 1)."""
+        n = min(self.measurements, self.epochs)
+        return (epoch * n) // self.epochs > ((epoch - 1) * n) // self.epochs
+
+
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step as a share of the peak: linear warm-up, then the schedule.
+
+    Args:
+        config: hyperparameters.
+        step: counted from 0 over the whole run.
+        steps_per_epoch: of the loader.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    if config.schedule == "step":
+        return config.gamma ** sum(step >= m * total for m in config.milestones)
+    return 1.0

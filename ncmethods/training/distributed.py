@@ -1,0 +1,80 @@
+"""This process among the ranks that torchrun started, gloo or nccl."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ncmethods._core import InputError
+from ncmethods.features import FeatureSet
+
+__all__ = ["Process", "gather", "process"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """Rank, number of ranks and device of this process."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+@contextmanager
+def process(device: str = "auto") -> Iterator[Process]:
+    """Join the process group that torchrun describes, if any, and leave it at the end.
+
+    Args:
+        device: ``"auto"`` takes CUDA, then MPS where there is a single process, then the CPU.
+
+    Raises:
+        InputError: a device that this machine lacks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    mps = world == 1 and torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+        raise InputError(f"device {device!r} is not available here. Use --train.device cpu.")
+    where = torch.device("cuda", local) if device == "cuda" else torch.device(device)
+    if where.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.set_device(where)
+    ours = world > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        yield Process(rank, world if dist.is_initialized() else 1, where)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def gather(shard: FeatureSet, world: int) -> FeatureSet:
+    """The whole FeatureSet from strided shards (rank r holds the samples r, r + world, …)."""
+    if world == 1:
+        return shard
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, (shard.features, shard.labels, shard.logits))
+    whole = []
+    for tensors in zip(*parts):
+        N = sum(map(len, tensors))
+        out = tensors[0].new_empty(N, *tensors[0].shape[1:])
+        for rank, tensor in enumerate(tensors):
+            out[rank::world] = tensor
+        whole.append(out)
+    features, labels, logits = whole
+    return FeatureSet(features, labels, shard.num_classes, logits)

@@ -1,0 +1,358 @@
+"""fit: train a Classifier, measure it, and survive being killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ncmethods import __version__
+from ncmethods._core import CheckpointError, NCError, atomic_path, bind, write_text
+from ncmethods.data import Batch, DeviceLoader, Splits, channel_stats, class_counts
+from ncmethods.heads import Classifier, Output
+from ncmethods.stats import frequency_groups
+from ncmethods.tracking import Tracker
+from ncmethods.training.checkpoint import load_checkpoint, save_checkpoint
+from ncmethods.training.config import ModelConfig, TrainConfig, build_model, lr_factor
+from ncmethods.training.distributed import Process
+from ncmethods.training.evaluate import Evaluation, evaluate
+from ncmethods.training.runs import read_json
+
+__all__ = ["NonFiniteLoss", "fit"]
+
+Loss = Callable[..., Tensor]
+
+
+class NonFiniteLoss(NCError):
+    """The loss became NaN or infinite; the message names the step and the file to look at."""
+
+
+def fit(
+    model: ModelConfig,
+    loss: Loss,
+    splits: Splits,
+    config: TrainConfig,
+    out: Path,
+    *,
+    here: Process,
+    seed: int = 0,
+    method: str = "",
+    data: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Sequence[int]] | None = None,
+    wandb: bool = True,
+    finish: Callable[[Tracker, Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train, measure about ten times, and leave a run directory that others can read.
+
+    Killed at any moment and called again with the same arguments, it ends with the same bytes in
+    ``weights.safetensors`` and ``metrics.jsonl`` as an unbroken run (same machine, versions and
+    number of ranks). All randomness follows from (seed, epoch, step), so a position is enough.
+
+    Args:
+        model: description of the Classifier.
+        loss: a function of any of ``features, logits, labels, weight, bias, counts, epoch,
+            epochs``, by these names (epoch from 0).
+        splits: training and test images.
+        config: hyperparameters.
+        out: the run directory.
+        here: this process.
+        seed: of the initial weights, the order and the augmentation.
+        method: name for the record.
+        data: what the data is, for the record and the config check.
+        groups: class indices by name, most frequent first, for accuracies; the last one is the
+            rare group whose angles are measured. By training count if None.
+        wandb: feed Weights & Biases too.
+        finish: called on rank 0 with the open tracker and the directory, once all is measured.
+
+    Returns:
+        The last row of metrics.jsonl: accuracy and geometry after training.
+
+    Raises:
+        CheckpointError: ``out`` holds another configuration, or only damaged checkpoints.
+        NonFiniteLoss: the loss is NaN or infinite.
+    """
+    counts = class_counts(splits.train)
+    mean, std = channel_stats(splits.train)
+    by_count = frequency_groups(counts)
+    groups = by_count if groups is None else {name: list(of) for name, of in groups.items()}
+    rare = list(groups.values())[-1] or None
+    scored = (
+        groups if groups == by_count else groups | {f"{k}_by_count": v for k, v in by_count.items()}
+    )
+    record = {
+        "ncmethods": __version__,
+        "method": method,
+        "seed": seed,
+        "world": here.world,
+        "model": asdict(model),
+        "data": {
+            **(data or {}),
+            "classes": list(splits.train.classes),
+            "counts": counts.tolist(),
+            "groups": groups,
+            "image_shape": list(splits.train.images.shape[1:]),
+            "mean": mean,
+            "std": std,
+        },
+        "train": asdict(config),
+    }
+    config = replace(config, threads=_claim(out, record, here))
+    if (out / "result.json").exists():
+        result: dict[str, Any] = read_json(out / "result.json")
+        return result
+    torch.set_num_threads(config.threads)
+
+    def loader(name: str, **how: Any) -> DeviceLoader:
+        return DeviceLoader(
+            getattr(splits, name),
+            how.pop("batch_size", 1024),
+            device=here.device,
+            mean=mean,
+            std=std,
+            rank=here.rank,
+            world=here.world,
+            **how,
+        )
+
+    batches = loader(
+        "train",
+        batch_size=config.batch_size,
+        seed=seed,
+        crop=config.crop,
+        flip=config.flip,
+        mixup=config.mixup,
+    )
+    net = build_model(model, seed=seed).to(here.device)
+    ddp = nn.parallel.DistributedDataParallel(net) if here.world > 1 else net
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+    state = load_checkpoint(out) or {"step": 0, "offset": 0, "loss": 0.0}
+    if "model" in state:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    per_epoch = len(batches)
+    every = config.checkpoint_steps or per_epoch * -(-100 // per_epoch)
+    step, total = int(state["step"]), config.epochs * per_epoch
+    losses = torch.zeros((), dtype=torch.float64, device=here.device)  # of this epoch, this rank
+    so_far = float(state["loss"])  # of this epoch, all ranks, up to the last checkpoint
+    row: dict[str, Any] = {}
+    tracker = Tracker(
+        out,
+        name=f"{method}-seed{seed}",
+        group=method,
+        config=record,
+        offset=int(state["offset"]),
+        enabled=here.first,
+        wandb=wandb,
+    )
+
+    def everywhere() -> float:
+        """Sum of the losses since the last call over all ranks."""
+        if here.world > 1:
+            dist.all_reduce(losses)
+        value = float(losses) / here.world
+        losses.zero_()
+        return value
+
+    with tracker, _deterministic():
+        tracker.timing(
+            {"event": "start", "step": step, "host": platform.node(), "time": time.time()}
+        )
+        began = time.perf_counter()
+        while step < total:
+            epoch, start = divmod(step, per_epoch)
+            for batch in batches.epoch(epoch, start):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * lr_factor(config, step, per_epoch)
+                torch.manual_seed((seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
+                value = _loss(ddp, net, loss, batch, counts, epoch, config)
+                if here.device.type == "cpu" and not math.isfinite(value.item()):
+                    raise _non_finite(out, net, batch, seed, epoch, step, here)
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()  # type: ignore[no-untyped-call]
+                if config.clip_norm > 0:
+                    nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+                optimizer.step()
+                losses += value.detach()
+                step += 1
+                if step % per_epoch == 0:
+                    break
+                if step % every == 0:
+                    so_far += everywhere()
+                    _save(out, net, optimizer, step, so_far, tracker, here)
+            if step % per_epoch:
+                continue
+            so_far += everywhere()
+            if not math.isfinite(so_far):
+                raise _non_finite(out, net, batch, seed, epoch, step - 1, here)
+            row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"]}
+            row["train/loss"] = so_far / per_epoch
+            so_far = 0.0
+            seconds = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
+            if config.measured(epoch + 1):
+                measured = evaluate(net, loader("train", train=False), loader("test", train=False))
+                seconds["forward"] = time.perf_counter() - began - seconds["seconds"]
+                if here.first:
+                    row |= measured.row(counts, scored, rare)
+                seconds["measure"] = time.perf_counter() - began - sum(list(seconds.values())[1:])
+            tracker.log(row)
+            tracker.timing(seconds)
+            if step == total and here.first:
+                _write_result(out, net, measured, row)
+                if finish is not None:
+                    finish(tracker, out)
+                write_text(out / "result.json", json.dumps(_finite(row)) + "\n")
+            elif step % every == 0 or config.measured(epoch + 1):
+                _save(out, net, optimizer, step, 0.0, tracker, here)
+            began = time.perf_counter()
+    return _finite(row)
+
+
+def _loss(
+    ddp: nn.Module,
+    net: Classifier,
+    loss: Loss,
+    batch: Batch,
+    counts: Tensor,
+    epoch: int,
+    config: TrainConfig,
+) -> Tensor:
+    """Loss of one batch; labels are mixed as the images were: λ·L(y) + (1−λ)·L(y_mix)."""
+    ddp.train()
+    with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.device.type == "cuda"):
+        out: Output = ddp(batch.x)
+    head: Any = net.head
+    available = {
+        "features": out.features,
+        "logits": out.logits.float(),
+        "labels": batch.y,
+        "weight": head.weight,
+        "bias": head.bias,
+        "counts": counts,
+        "epoch": epoch,
+        "epochs": config.epochs,
+    }
+    value = loss(**bind(loss, available))
+    if batch.y_mix is None:
+        return value
+    other = loss(**bind(loss, available | {"labels": batch.y_mix}))
+    return batch.lam * value + (1 - batch.lam) * other
+
+
+def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
+    """Write ``config.json``, or check that the one there is ours; returns the CPU threads.
+
+    Raises:
+        CheckpointError: ``out`` holds a run with another configuration.
+    """
+    path, train = out / "config.json", record["train"]
+    if path.exists():
+        old = _flat(read_json(path))
+        train["threads"] = train["threads"] or old.get("train.threads")
+        ours = _flat(json.loads(json.dumps(record)))
+        differ = sorted(k for k in ours.keys() | old.keys() if ours.get(k) != old.get(k))
+        if differ:
+            shown = "; ".join(f"{k}: {old.get(k)!r} there, {ours.get(k)!r} now" for k in differ[:4])
+            raise CheckpointError(
+                f"{out} holds a run with another configuration ({shown}). "
+                "Choose another --out, or repeat the command that began it."
+            )
+    else:
+        train["threads"] = train["threads"] or torch.get_num_threads()
+        if here.first:
+            write_text(path, json.dumps(record, indent=1) + "\n")
+    if here.world > 1:
+        dist.barrier()
+    threads: int = train["threads"]
+    return threads
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _save(
+    out: Path,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    losses: float,
+    tracker: Tracker,
+    here: Process,
+) -> None:
+    if here.first:
+        state = {
+            "step": step,
+            "loss": losses,
+            "offset": tracker.position(),
+            "model": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save_checkpoint(out, state, step)
+
+
+def _write_result(out: Path, net: nn.Module, measured: Evaluation, row: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    for name, tensors in (("weights", weights), ("evaluation", measured.tensors())):
+        with atomic_path(out / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary)
+
+
+def _non_finite(
+    out: Path, net: nn.Module, batch: Batch, seed: int, epoch: int, step: int, here: Process
+) -> NonFiniteLoss:
+    path = out / f"nonfinite-step{step}-rank{here.rank}.pt"
+    with atomic_path(path) as temporary:
+        torch.save(
+            {
+                "seed": seed,
+                "epoch": epoch,
+                "step": step,
+                "batch": tuple(batch),
+                "model": net.state_dict(),
+            },
+            temporary,
+        )
+    return NonFiniteLoss(
+        f"The loss became NaN or infinite at step {step} (epoch {epoch + 1}). The batch and the "
+        f"weights are in {path}. Lower the learning rate, set clip_norm, or look at the data."
+    )
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``row`` as JSON keeps it: NaN and infinities as None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """The same bytes on the same machine, where the kernels allow it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

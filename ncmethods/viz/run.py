@@ -1,0 +1,137 @@
+"""Figures and pages of run directories, drawn from their files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ncmethods._core import CheckpointError
+from ncmethods.viz.figures import class_accuracy, comparison, confusion, cosine_heatmap, nc_curves
+from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["comparison_page", "run_figures", "run_page"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+_CAPTIONS = {
+    "curves": "Accuracy and neural collapse over training, on the training and the test set.",
+    "means": "Cosines between centred class means of the training features.",
+    "rows": "Cosines between the rows of the classifier.",
+    "accuracy": "Test accuracy by class, shaded by training frequency.",
+    "confusion": "Which classes are taken for which, as shares of the true class.",
+}
+
+
+def run_figures(directory: Path, rows: Rows) -> dict[str, Figure]:
+    """The five figures of a finished run: curves, means, rows, accuracy, confusion.
+
+    Args:
+        directory: of the run, with config.json and evaluation.safetensors.
+        rows: of its metrics.jsonl.
+
+    Raises:
+        CheckpointError: the run has not finished.
+    """
+    from safetensors.torch import load_file
+
+    config, path = _config(directory), directory / "evaluation.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{directory} has no {path.name}: the run has not finished.")
+    saved, data = load_file(path), config["data"]
+    names, counts = data["classes"], data["counts"]
+    table = saved["confusion"].double()
+    by_class = table.diagonal() / table.sum(1)
+    return {
+        "curves": nc_curves(rows),
+        "means": cosine_heatmap(saved["train_means"], names, title="Class means", counts=counts),
+        "rows": cosine_heatmap(saved["weight"], names, title="Classifier rows", counts=counts),
+        "accuracy": class_accuracy(by_class, counts, data["groups"], names),
+        "confusion": confusion(saved["confusion"], names),
+    }
+
+
+def run_page(directory: Path, rows: Rows, figures: Mapping[str, Figure] | None = None) -> Path:
+    """Write ``report.html`` of a finished run: its last measures, five figures, its settings.
+
+    Args:
+        directory: of the run.
+        rows: of its metrics.jsonl.
+        figures: of :func:`run_figures`, where they are drawn already.
+    """
+    figures = run_figures(directory, rows) if figures is None else figures
+    config = _config(directory)
+    title = f"{config['method']}, seed {config['seed']}"
+    last = rows[-1] if rows else {}
+    measures = [(key, last[key]) for key in sorted(last) if "/" in key]
+    sections: list[Section] = [
+        Text(_described(config)),
+        *(Image(figure, _CAPTIONS[key]) for key, figure in figures.items()),
+        Heading("After training"),
+        Table(("measure", "value"), measures),
+        Details("Settings", config),
+    ]
+    return html_report(directory / "report.html", title=title, sections=sections)
+
+
+def comparison_page(
+    path: Path,
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]],
+    runs: Mapping[str, Sequence[tuple[Path, Rows]]],
+    panels: Mapping[str, str],
+    *,
+    command: str = "",
+) -> Path:
+    """Write one page that compares methods over seeds.
+
+    Args:
+        path: of the page.
+        tables: columns and rows of each, as printed.
+        runs: method → its runs, each a directory with the rows of its metrics.jsonl.
+        panels: key of the last row → title of its panel in the comparison figure.
+        command: that made the runs.
+    """
+    values = {
+        method: {key: [rows[-1].get(key) for _, rows in of] for key in panels}
+        for method, of in runs.items()
+    }
+    curves = {method: [row for _, rows in of for row in rows] for method, of in runs.items()}
+    first = _config(next(iter(runs.values()))[0][0])
+    sections: list[Section] = [
+        Text(_described(first)),
+        *(Table(*table, caption="Mean ± sd over seeds; last epoch.") for table in tables),
+        Image(comparison(values, panels), "Methods side by side: mean ± sd, one dot per seed."),
+        Image(
+            nc_curves(curves, prefixes=("train",)),
+            "Neural collapse of the training features: mean and range over seeds.",
+        ),
+    ]
+    for method, of in runs.items():
+        figures = run_figures(*of[0])
+        sections += [Heading(f"{method}, seed {_config(of[0][0])['seed']}")]
+        sections += [Image(figures[key], _CAPTIONS[key]) for key in ("accuracy", "means", "rows")]
+    sections += [Details("Command", command), Details("Settings of the first run", first)]
+    return html_report(path, title="Comparison", sections=sections)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is not a run directory: {error}") from error
+    return config
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    """One sentence on data and training."""
+    data, train = config["data"], config["train"]
+    groups = ", ".join(f"{name} {len(of)}" for name, of in data["groups"].items())
+    return (
+        f"{data.get('name', 'data')}: {sum(data['counts'])} training images in "
+        f"{len(data['counts'])} classes of {max(data['counts'])} to {min(data['counts'])}; "
+        f"groups: {groups}. {train['epochs']} epochs, {config['model']['backbone']}."
+    )
