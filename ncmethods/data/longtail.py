@@ -16,6 +16,7 @@ from ncmethods._core import InputError, check_choice, check_labels, check_num_cl
 from ncmethods.data.datasets import ImageData, Splits, load
 
 Profile = Literal["exp", "step", "balanced"]
+"""Shapes of a tail that is cut out of a dataset."""
 
 CONFUSABLE_ORDER = (1, 8, 9, 5, 7, 3, 0, 4, 2, 6)
 """Fashion-MNIST's classes with the ones that look alike (T-shirt, coat, pullover, shirt) last."""
@@ -186,7 +187,7 @@ def long_tailed(
     splits: Splits,
     *,
     imbalance: float,
-    profile: Profile = "exp",
+    profile: Profile | Literal["natural"] = "exp",
     n_max: int | None = None,
     order: Sequence[int] | None = None,
     seed: int,
@@ -196,7 +197,8 @@ def long_tailed(
     Args:
         splits: training and test images.
         imbalance: R = n_max / n_min.
-        profile: ``exp``, ``step`` or ``balanced`` (see ``long_tail_counts``).
+        profile: ``exp``, ``step`` or ``balanced`` (see ``long_tail_counts``), or ``natural``, which
+            keeps every image: for data that has its own tail.
         n_max: images of the most frequent class; what every class can give if None.
         order: old class indices, most frequent first; ``default_order`` if None.
         seed: of the subset.
@@ -207,6 +209,8 @@ def long_tailed(
     K = splits.train.num_classes
     order = default_order(splits.name, K) if order is None else order
     train = reorder(splits.train, order)
+    if profile == "natural":
+        return Splits(train, reorder(splits.test, order), splits.name)
     n_max = int(class_counts(train).min()) if n_max is None else n_max
     counts = long_tail_counts(n_max, K, imbalance, profile)
     indices = long_tail_indices(train.labels, counts, seed=seed)
@@ -221,8 +225,8 @@ class TailConfig:
     """One of the names that `ncmethods list` prints."""
     imbalance: float = 100
     """R: largest over smallest class."""
-    profile: Profile = "exp"
-    """Exponential decay, half of the classes rare, or no tail."""
+    profile: Literal["exp", "step", "balanced", "natural"] = "exp"
+    """Exponential decay, half of the classes rare, no tail, or the data's own (all images)."""
     n_max: int | None = None
     """Images of the largest class; None takes all that every class has."""
     order: tuple[int, ...] | None = None

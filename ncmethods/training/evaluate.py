@@ -39,7 +39,11 @@ class Evaluation:
         assert self.test.labels is not None
         row: dict[str, float] = {}
         for name, part in (("train", self.train), ("test", self.test)):
-            row |= metrics.report(part, head=self.head, counts=counts, rare=rare, prefix=f"{name}/")
+            measures = metrics.report(
+                part, head=self.head, counts=counts, rare=rare, prefix=f"{name}/"
+            )
+            # The classifier's rows are the same on both sets: once is enough.
+            row |= {k: v for k, v in measures.items() if name == "train" or "_weight" not in k}
         scores = metrics.classification(self.test.logits, self.test.labels, groups)
         return row | {f"test/{key}": value for key, value in scores.items()}
 

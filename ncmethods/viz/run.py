@@ -19,7 +19,7 @@ __all__ = ["comparison_page", "run_figures", "run_page"]
 Rows = Sequence[Mapping[str, Any]]
 
 _CAPTIONS = {
-    "curves": "Accuracy and neural collapse over training, on the training and the test set.",
+    "curves": "Neural collapse over training, on the training and the test set.",
     "means": "Cosines between centred class means of the training features.",
     "rows": "Cosines between the rows of the classifier.",
     "accuracy": "Test accuracy by class, shaded by training frequency.",

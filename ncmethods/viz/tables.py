@@ -33,8 +33,8 @@ GEOMETRY = {
 PANELS = {
     "test/accuracy": "accuracy",
     "test/accuracy/few": "accuracy, few",
-    "train/angle/rare_means_min": "rare means, smallest angle [°]",
-    "train/angle/rare_weight_min": "rare rows, smallest angle [°]",
+    "train/angle/rare_means_min": "rare means: smallest\nangle, degrees",
+    "train/angle/rare_weight_min": "rare rows: smallest\nangle, degrees",
 }
 
 

@@ -1,3 +1,4 @@
+import json
 from decimal import ROUND_FLOOR, Decimal
 
 import numpy as np
@@ -263,3 +264,22 @@ def test_long_tailed_options():
     assert data.class_counts(widest.train)[0] == data.class_counts(full.train).min()
     with pytest.raises(InputError, match="Class 0: 4000 images wanted"):
         data.long_tailed(full, imbalance=10, n_max=4000, seed=0)
+
+
+def test_natural_keeps_every_image_and_relabels():
+    full = data.load("digits")
+    order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    tail = data.long_tailed(full, imbalance=100, profile="natural", order=order, seed=0)
+    assert torch.equal(tail.train.images, full.train.images)
+    assert torch.equal(tail.train.labels, 9 - full.train.labels)
+    assert torch.equal(tail.test.labels, 9 - full.test.labels)
+
+
+def test_tail_config_loads_what_long_tailed_makes_and_records_no_path():
+    config = data.TailConfig(imbalance=10, profile="step", seed=3, root="/somewhere")
+    a = config.load()
+    b = data.long_tailed(data.load("fashion-mini"), imbalance=10, profile="step", seed=3)
+    assert torch.equal(a.train.images, b.train.images)
+    assert torch.equal(a.train.labels, b.train.labels)
+    assert "root" not in config.record()
+    assert json.loads(json.dumps(config.record())) == config.record()
