@@ -84,11 +84,14 @@ def check_features(features: Tensor, dim: int | None = None) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def check_labels(labels: Tensor, rows: int | None = None) -> Tensor:
-    """Return ``labels`` as an int64 [N] tensor (values are not looked at: no host sync).
+def check_labels(labels: Tensor, rows: int | None = None, num_classes: int | None = None) -> Tensor:
+    """Return ``labels`` as an int64 [N] tensor.
+
+    Values are looked at only on the CPU and only if ``num_classes`` is given: no host sync.
 
     Raises:
-        InputError: not a 1-D integer tensor, or its length differs from ``rows``.
+        InputError: not a 1-D integer tensor, its length differs from ``rows``, or a label is
+            ≥ ``num_classes``.
     """
     if not isinstance(labels, Tensor) or labels.ndim != 1:
         raise InputError(
@@ -101,7 +104,35 @@ def check_labels(labels: Tensor, rows: int | None = None) -> Tensor:
         raise InputError(
             f"labels must have one entry per row: {rows} rows, got {_describe(labels)}."
         )
+    if (
+        num_classes is not None
+        and _readable(labels)
+        and len(labels)
+        and int(labels.max()) >= num_classes
+    ):
+        raise InputError(
+            f"labels must be < num_classes = {num_classes} (negative = ignored), got "
+            f"{int(labels.max())}. Are logits, counts or weight those of another label set?"
+        )
     return labels.long()
+
+
+def check_logits(logits: Tensor, num_classes: int | None = None) -> Tensor:
+    """Return ``logits`` as a floating [N, K] tensor of at least float32.
+
+    Raises:
+        InputError: not a floating 2-D tensor, or K differs from ``num_classes``.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        raise InputError(f"logits must be a floating 2-D tensor [N, K], got {_describe(logits)}.")
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise InputError(f"logits must have K = {num_classes} columns, got {_describe(logits)}.")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values can be looked at without a host sync or a break in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_counts(counts: Tensor | Iterable[int], num_classes: int | None = None) -> Tensor:
@@ -117,7 +148,7 @@ def check_counts(counts: Tensor | Iterable[int], num_classes: int | None = None)
             f"counts must be the training samples per class, a 1-D tensor {want}, "
             f"got {_describe(tensor)}."
         )
-    if tensor.device.type == "cpu" and not (
+    if _readable(tensor) and not (
         bool((tensor >= 0).all()) and bool(torch.isfinite(tensor).all()) and bool(tensor.sum() > 0)
     ):
         raise InputError(f"counts must be finite, ≥ 0 and not all zero, got {tensor.tolist()}.")

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncated_svd(matrix: Tensor, rank: int, size: float = 0.0) -> tuple[Tensor, Tensor]:
     """Leading singular values [r] and right singular vectors [r, D] of ``matrix`` [K, D].
 
-    ``r`` is ``rank``, or less where singular values fall under max(K, D)·eps of the largest.
+    ``r`` is ``rank``, or less where singular values fall under max(K, D)·eps of the largest, or of
+    ``size``, that of the entries before they were centred.
     """
     _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    floor = max(matrix.shape) * torch.finfo(S.dtype).eps * S[0] if len(S) else 0.0
+    floor = max(matrix.shape) * torch.finfo(S.dtype).eps * max(float(S[0]), size)
     r = min(rank, int(S.gt(floor).sum()))
     return S[:r], Vh[:r]
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 import ncmethods
-from ncmethods._core import InputError, NCError, check_choice
+from ncmethods._core import InputError, NCError, atomic_path, check_choice
 
 __all__ = ["main"]
 
@@ -50,9 +50,9 @@ def load_recipe(name: str) -> ModuleType:
 class Extract:
     """Write features, labels and logits of a dataset as one safetensors file."""
 
-    model: tyro.conf.Positional[str]
-    """RUN_DIR, small_cnn, torchvision:NAME, timm:NAME or package.module:factory."""
-    data: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """RUN_DIR, small_cnn, resnet32, torchvision:NAME, timm:NAME or package.module:factory."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A dataset that `ncmethods list` prints. With the run's own dataset, its long tail."""
     out: Path
     """File to write."""
@@ -72,11 +72,13 @@ class Extract:
 
 def extract(args: Extract) -> None:
     """Run ``ncmethods extract``."""
-    from ncmethods import data, features, models, training
+    from ncmethods import data, features, heads, models, training
 
     hub = args.model.startswith(("torchvision:", "timm:"))
-    mean, std, run = None, None, None
-    if ":" not in args.model and (Path(args.model) / "config.json").exists():
+    mean, std, bare = None, None, args.model in models.BACKBONES
+    if not bare and (":" not in args.model or (Path(args.model) / "config.json").exists()):
+        if args.weights is not None:
+            raise InputError("A run has its own weights: leave --weights out.")
         run = training.load_run(args.model)
         about = run.config["data"]
         mean, std, size = about["mean"], about["std"], args.size or about["image_shape"][-1]
@@ -93,6 +95,9 @@ def extract(args: Extract) -> None:
         splits = data.load(args.data, args.root, size=args.size or (224 if hub else None))
         channels = 3 if hub else splits.train.images.shape[1]
         model = models.build(args.model, in_channels=channels, weights=args.weights)
+        if bare:  # no head: the rows below are not used, and no logits are written
+            rows = torch.nn.Linear(model.num_features, 2)  # type: ignore[arg-type]
+            model = heads.Classifier(model, rows)
         if hub:  # the statistics that both zoos train with
             mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     part: data.ImageData = getattr(splits, args.split)
@@ -102,14 +107,14 @@ def extract(args: Extract) -> None:
         raise InputError(
             f"{args.model} takes {channels} channels, {args.data} has {part.images.shape[1]}."
         )
-    with training.process(args.device) as here:
+    with training.process(args.device) as here, atomic_path(args.out) as temporary:
         loader = data.DeviceLoader(
             part, args.batch_size, train=False, mean=mean, std=std, device=here.device
         )
         found = features.extract(model.to(here.device), loader)
-    if found.num_classes != part.num_classes:  # a head of another label set: its logits do not fit
-        found = features.FeatureSet(found.features, found.labels, part.num_classes)
-    found.save(args.out)
+        if bare or found.num_classes != part.num_classes:  # logits of another label set
+            found = features.FeatureSet(found.features, found.labels, part.num_classes)
+        found.save(temporary)
     N, D = found.features.shape
     logits = "" if found.logits is None else f", logits [{N}, {found.num_classes}]"
     print(f"{args.out}: features [{N}, {D}], labels of {found.num_classes} classes{logits}")
@@ -119,7 +124,7 @@ def extract(args: Extract) -> None:
 class Fetch:
     """Download a dataset into the cache and check it."""
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """fashion-mnist, cifar10 or cifar100."""
     root: Path | None = None
     """Where to put it, if not in the cache."""
@@ -139,15 +144,17 @@ class List:
 
 def list_names(_: List) -> None:
     """Run ``ncmethods list``."""
-    from ncmethods import data, heads, losses
+    from ncmethods import data, losses
+    from ncmethods.training.config import HEADS
 
-    ready = [name for name in data.names() if data.available(name)]
+    how = {n: "" if data.available(n) else " (ncmethods fetch)" for n in data.names()}
+    how["image-folder"] = " (yours, by its root)"
     print(
         "recipes: ",
         ", ".join(p.stem.replace("_", "-") for p in sorted(recipes_dir().glob("[a-z]*.py"))),
     )
-    print("datasets:", ", ".join(n if n in ready else f"{n} (to fetch)" for n in data.names()))
-    print("heads:   ", ", ".join(n for n in heads.__all__ if n.endswith("_head")))
+    print("datasets:", ", ".join(name + needs for name, needs in how.items()))
+    print("heads:   ", ", ".join(HEADS))
     print("losses:  ", ", ".join(n for n in losses.__all__ if n.islower()))
     print("long-tailed methods:", ", ".join(load_recipe("long_tailed").METHODS))
 
@@ -156,7 +163,7 @@ def list_names(_: List) -> None:
 class Report:
     """Draw report.html of a finished run again."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory OUT/<method>/seed<k>."""
 
 
@@ -171,9 +178,9 @@ def report(args: Report) -> None:
 class Copy:
     """Copy a recipe's file, to read it and make it yours."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """As `ncmethods list` prints it."""
-    to: tyro.conf.Positional[Path] = Path(".")
+    to: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[DIR]")] = Path(".")
     """Directory; a file that is there already is not overwritten."""
 
 
@@ -191,6 +198,7 @@ def copy(args: Copy) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command."""
+    sys.path.insert(0, str(Path.cwd()))  # package.module:factory of the user, as python -m has it
     long_tailed = load_recipe("long_tailed")
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
         "long-tailed": (long_tailed.LongTailed, long_tailed.main),
@@ -214,11 +222,12 @@ def main(argv: list[str] | None = None) -> None:
     run = next(run for config, run in commands.values() if type(chosen) is config)
     try:
         run(chosen)
-    except NCError as error:
+    except (NCError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        again = "a recipe that is started again goes on from its last checkpoint"
+        print(f"interrupted: {again}", file=sys.stderr)
         sys.exit(130)
 
 

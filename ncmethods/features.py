@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from ncmethods._core import (
     atomic_path,
     check_features,
     check_labels,
+    check_logits,
     check_num_classes,
     find_head,
     is_head,
@@ -35,7 +36,7 @@ from ncmethods.stats import ClassStats
 __all__ = ["Captured", "FeatureSet", "accumulate", "capture", "extract"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureSet:
     """Features of a set of samples, with labels and logits where they are known.
 
@@ -60,11 +61,13 @@ class FeatureSet:
         object.__setattr__(self, "features", check_features(self.features))
         if self.labels is not None:
             object.__setattr__(self, "labels", check_labels(self.labels, len(self)))
-        wanted = (len(self), self.num_classes)
-        if self.logits is not None and tuple(self.logits.shape) != wanted:
-            raise InputError(
-                f"logits must be [N, K] = {list(wanted)}, got {list(self.logits.shape)}."
-            )
+        if self.logits is not None:
+            object.__setattr__(self, "logits", check_logits(self.logits, self.num_classes))
+            if len(self.logits) != len(self):
+                raise InputError(
+                    f"logits must have one row per sample: {len(self)} features, "
+                    f"{len(self.logits)} logits."
+                )
 
     def __len__(self) -> int:
         """Number of samples N."""
@@ -88,13 +91,17 @@ class FeatureSet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors (``features``, ``labels``, ``logits``): all of the file or none."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         parts = {"features": self.features, "labels": self.labels, "logits": self.logits}
         tensors = {k: v.detach().cpu().contiguous() for k, v in parts.items() if v is not None}
         fields = json.dumps({"num_classes": self.num_classes})
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"ncmethods.FeatureSet": fields})
+            try:
+                save_file(tensors, temporary, metadata={"ncmethods.FeatureSet": fields})
+            except SafetensorError as error:  # a full disk
+                raise InputError(f"Cannot write {path}: {error}. Free some space.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureSet:
@@ -119,9 +126,12 @@ class FeatureSet:
         if features is None:
             raise InputError(f"{path} has no tensor 'features'; it has {sorted(tensors)}.")
         if "ncmethods.FeatureSet" in meta:
-            K = json.loads(meta["ncmethods.FeatureSet"])["num_classes"]
+            try:
+                K = json.loads(meta["ncmethods.FeatureSet"])["num_classes"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path} is a damaged FeatureSet file: {error}") from error
         elif logits is not None:
-            K = logits.shape[1]
+            K = check_logits(logits).shape[1]
         elif labels is not None and len(labels):
             K = int(labels.max()) + 1
         else:
@@ -154,7 +164,7 @@ class Captured:
 def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     """Watch what the rows of the classifier act on, in forward passes made by any loop.
 
-    For a plain ``nn.Linear`` that is its input; for a head of this library the output of its neck.
+    For a plain ``nn.Linear`` that is its input; for a head what its ``embed`` returns.
     Works through DistributedDataParallel and ``torch.compile``; compiled code runs eagerly inside
     the block, since a compiled graph does not call hooks.
 
@@ -168,25 +178,33 @@ def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     Raises:
         InputError: no head, or several.
     """
-    head = find_head(model, name=name).module
+    head: Any = find_head(model, name=name).module
     seen = Captured()
+    with ExitStack() as stack:
+        if is_head(head) and not isinstance(head.embed, nn.Module):
+            embed = head.embed
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        seen._features = args[0] if args else next(iter(kwargs.values()))
+            def watched(*args: Any, **kwargs: Any) -> Tensor:
+                seen._features = embed(*args, **kwargs)
+                return seen._features
 
-    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen._features = output
+            head.embed = watched
+            stack.callback(delattr, head, "embed")
+        elif is_head(head):
 
-    neck = getattr(head, "neck", None) if is_head(head) else None
-    if isinstance(neck, nn.Module):
-        handle = neck.register_forward_hook(after)
-    else:
-        handle = head.register_forward_pre_hook(before, with_kwargs=True)
-    with _eager(model):
-        try:
-            yield seen
-        finally:
-            handle.remove()
+            def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                seen._features = output
+
+            stack.callback(head.embed.register_forward_hook(after).remove)
+        else:
+
+            def before(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+                seen._features = args[0] if args else next(iter(kwargs.values()))
+
+            handle = head.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(_eager(model))
+        yield seen
 
 
 def _eager(model: nn.Module) -> Any:
@@ -215,7 +233,8 @@ def extract(
     Args:
         model: a Classifier, or any model with a classifier head that :func:`capture` can watch.
         loader: yields ``x``, ``(x, y, …)`` or a dict.
-        num_classes: K; taken from the logits if None.
+        num_classes: K of the data; taken from the logits if None. Logits of another width belong
+            to other classes and are left out.
         name: dotted name of the head, where several fit.
         device: where the model runs; its own device if None.
         out_device: where the result lies.
@@ -234,12 +253,14 @@ def extract(
     if not parts:
         raise InputError("The loader yielded no batch: there is nothing to extract.")
     labelled = all(y is not None for _, _, y in parts)
+    K = parts[0][1].shape[1] if num_classes is None else num_classes
+    matching = parts[0][1].shape[1] == K
     keep = _own_samples(loader, sum(len(f) for f, _, _ in parts))
     return FeatureSet(
         torch.cat([f for f, _, _ in parts])[:keep],
         torch.cat([y for _, _, y in parts if y is not None])[:keep] if labelled else None,
-        parts[0][1].shape[1] if num_classes is None else num_classes,
-        torch.cat([z for _, z, _ in parts])[:keep],
+        K,
+        torch.cat([z for _, z, _ in parts])[:keep] if matching else None,
     )
 
 
@@ -309,7 +330,7 @@ def _passes(
                 else:
                     assert seen is not None
                     features, logits = seen.features, _logits(out)
-                yield check_features(features.flatten(1)), logits, y
+                yield check_features(features.flatten(1)), check_logits(logits), y
     finally:
         for module, training in modes.items():
             module.training = training

@@ -40,8 +40,8 @@ def simplex_etf(
         InputError: D too small for a simplex, or an unknown rotation.
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, eq. (9); uniqueness of the Haar draw by QR:
-        Mezzadri 2007, arXiv:math-ph/0609050.
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (definition of the simplex ETF). The Haar draw:
+        Mezzadri 2007, arXiv:math-ph/0609050, section "A correct and efficient algorithm".
     """
     K = check_num_classes(num_classes)
     check_choice(rotation, ("haar", "canonical"), "rotation")
@@ -88,7 +88,7 @@ def orthogonal_frame(
         InputError: D < K, or an unknown rotation.
 
     References:
-        Mezzadri 2007, arXiv:math-ph/0609050, §5 (QR with fixed signs).
+        Mezzadri 2007, arXiv:math-ph/0609050, section "A correct and efficient algorithm".
     """
     K = check_num_classes(num_classes)
     check_choice(rotation, ("haar", "canonical"), "rotation")

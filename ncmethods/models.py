@@ -12,7 +12,7 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, check_choice, find_head
+from ncmethods._core import InputError, check_choice
 
 __all__ = ["SmallCNN", "build", "load_weights", "resnet32", "small_cnn"]
 
@@ -118,7 +118,7 @@ def resnet32(in_channels: int = 3, width: int = 16) -> nn.Module:
     return _ResNetCIFAR(in_channels, width, 5)
 
 
-_BACKBONES: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn, "resnet32": resnet32}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn, "resnet32": resnet32}
 
 
 def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.Module:
@@ -136,10 +136,8 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
     """
     home, _, leaf = name.partition(":")
     if not leaf:
-        check_choice(
-            name, [*_BACKBONES, "torchvision:NAME", "timm:NAME", "module:factory"], "model"
-        )
-        model = _BACKBONES[name](in_channels=in_channels)
+        check_choice(name, [*BACKBONES, "torchvision:NAME", "timm:NAME", "module:factory"], "model")
+        model = BACKBONES[name](in_channels=in_channels)
     elif home == "torchvision":
         from torchvision import models
 
@@ -167,9 +165,11 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
     else:
         try:
             factory = getattr(importlib.import_module(home), leaf)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"Cannot import {leaf!r} from {home!r}: {error}.") from error
         model = factory()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{name} must return an nn.Module, got {type(model).__name__}.")
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -192,12 +192,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise InputError(f"Cannot read weights from {path}: {error}") from error
-    except RuntimeError as error:
-        head = find_head(model).name
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
-            f"The weights in {path} do not fit {type(model).__name__} (its head is {head!r}): "
-            f"{error}"
+            f"The weights in {path} do not fit {type(model).__name__}: {error}"
         ) from error

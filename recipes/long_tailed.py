@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
-from ncmethods._core import check_choice, write_text
+from ncmethods._core import InputError, check_choice, write_text
 from ncmethods.stats import frequency_groups
 from ncmethods.tracking import Tracker, read_rows
 from ncmethods.training import ModelConfig, TrainConfig, fit, process
@@ -75,17 +75,19 @@ class LongTailed:
     backbone: str = "small_cnn"
     """small_cnn, resnet32, torchvision:NAME, timm:NAME or package.module:factory."""
     wandb: bool = True
-    """Feed Weights & Biases (offline unless a key is set)."""
+    """Weights & Biases, offline unless a key is set; --no-wandb leaves it out."""
     data: data.TailConfig = field(default_factory=data.TailConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def main(config: LongTailed) -> None:
     """Train, then print and write the comparison."""
+    if not (config.methods and config.seeds):
+        raise InputError("There is nothing to train: name at least one method and one seed.")
     for name in config.methods:
         check_choice(name, METHODS, "method")
     tail = config.data.load()
-    counts = data.class_counts(tail.train)
+    counts, channels = data.class_counts(tail.train), tail.train.images.shape[1]
     groups = frequency_groups(counts, config.data.groups)
     jobs = [(name, METHODS[name], config.data, tail) for name in config.methods]
     if config.control:
@@ -100,12 +102,7 @@ def main(config: LongTailed) -> None:
             print("groups: " + ", ".join(f"{name} {of}" for name, of in groups.items()))
         for name, method, tail_config, splits in jobs:
             for seed in config.seeds:
-                spec = ModelConfig(
-                    backbone=config.backbone,
-                    in_channels=splits.train.images.shape[1],
-                    num_classes=splits.train.num_classes,
-                    head=method.head,
-                )
+                spec = ModelConfig(config.backbone, channels, len(counts), method.head)
                 row = fit(
                     spec,
                     method.loss,
@@ -146,4 +143,5 @@ def compare(config: LongTailed, results: dict[str, list[dict[str, Any]]]) -> Non
     page = config.out / "report.html"
     viz.comparison_page(page, tables, runs, viz.PANELS, command=" ".join(sys.argv))
     print(f"\n{text}\n\nreport: {page}\ntable:  {config.out / 'table.md'}")
-    print(f"W&B:    {config.out}/<method>/seed<k>/wandb (offline: `wandb sync` sends it)")
+    if config.wandb:
+        print(f"W&B:    {config.out}/<method>/seed<k>/wandb (offline: `wandb sync` sends it)")

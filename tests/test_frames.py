@@ -76,7 +76,7 @@ def test_seed_decides_the_haar_draw(build):
 @pytest.mark.parametrize(("K", "D"), [(2, 1), (4, 3), (4, 6)])
 def test_haar_moments(K, D):
     """The first two moments of a Haar frame are known: E W = 0, E w_i w_jᵀ = cos_ij I / D."""
-    draws = 4000
+    draws = 1500
     generator = seeded(0)
     frames = torch.stack(
         [simplex_etf(K, D, generator=generator, dtype=torch.float64) for _ in range(draws)]
@@ -93,7 +93,7 @@ def test_haar_moments(K, D):
 
 def test_haar_is_invariant_under_rotation():
     """Entries of a Haar frame have the law of one coordinate of a uniform unit vector."""
-    K, D, draws = 3, 4, 3000
+    K, D, draws = 3, 4, 1500
     generator = seeded(1)
     R = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=seeded(2))).Q
     frames = torch.stack(

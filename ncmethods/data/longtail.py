@@ -224,7 +224,7 @@ class TailConfig:
     name: str = "fashion-mini"
     """One of the names that `ncmethods list` prints."""
     imbalance: float = 100
-    """R: largest over smallest class."""
+    """R, the largest over the smallest class."""
     profile: Literal["exp", "step", "balanced", "natural"] = "exp"
     """Exponential decay, half of the classes rare, no tail, or the data's own (all images)."""
     n_max: int | None = None
@@ -232,7 +232,7 @@ class TailConfig:
     order: tuple[int, ...] | None = None
     """Old class indices, most frequent first; None takes the dataset's default order."""
     groups: str = "thresholds"
-    """Many/medium/few by training count (>100, 20 to 100, <20), or by rank: 3/4/3, 5/5."""
+    """Many/medium/few by training count (>100, 20 to 100, <20), or by rank, as 3/4/3 or 5/5."""
     root: Path | None = None
     """Where the files are, if not in the usual places."""
     size: int | None = None

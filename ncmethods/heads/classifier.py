@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ncmethods._core import InputError, Output, find_head, is_head, logits_of
+from ncmethods._core import InputError, Output, find_head, is_head, logits_of, unwrap
 from ncmethods.heads.swap import HeadLike, build_head, warn_relu
 
 __all__ = ["Classifier"]
@@ -32,9 +32,19 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, x: Any) -> Output:
-        """Features after the head's neck, and logits."""
+        """Features after the head's neck, and logits.
+
+        Raises:
+            InputError: the backbone returns something else than [N, in_features].
+        """
         out = self.backbone(x)
         out = getattr(out, "logits", out[0] if isinstance(out, (tuple, list)) else out)
+        if not isinstance(out, Tensor) or out.ndim != 2:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(
+                f"The backbone must return features [N, in_features], got {got}. Pool or flatten "
+                "its output."
+            )
         features: Tensor = self.head.embed(out) if is_head(self.head) else out  # type: ignore
         return Output(features, logits_of(self.head, features))
 
@@ -50,8 +60,8 @@ class Classifier(nn.Module):
         """Split a classification model into backbone and head, or give it another head.
 
         Args:
-            model: e.g. a torchvision classifier; its classifier layer is replaced in place by the
-                identity.
+            model: e.g. a torchvision classifier, also compiled or wrapped by DDP (the wrapper is
+                left behind); its classifier layer is replaced in place by the identity.
             head: a built head, a builder such as ``heads.etf_head``, or None to keep the model's.
             num_classes: K for a builder; the model's own if None.
             name: dotted name of the classifier layer, where several fit.
@@ -59,14 +69,17 @@ class Classifier(nn.Module):
         Raises:
             InputError: no classifier layer found, several found, or a head that does not fit.
         """
-        found = find_head(model, name=name)
+        net = unwrap(model)
+        found = find_head(net, name=name)
+        if not found.name:
+            raise InputError("The model is a bare head: wrap its backbone with Classifier(...).")
         if head is None:
             built = found.module
         else:
             built = build_head(head, found.module, num_classes)
-            warn_relu(model, built)
+            warn_relu(net, built)
+        if isinstance(net, Classifier) and found.module is net.head:
+            return cls(net.backbone, built)
         parent, _, leaf = found.name.rpartition(".")
-        if not found.name:
-            raise InputError("The model is a bare head: wrap its backbone with Classifier(...).")
-        setattr(model.get_submodule(parent), leaf, nn.Identity())
-        return cls(model, built)
+        setattr(net.get_submodule(parent), leaf, nn.Identity())
+        return cls(net, built)

@@ -84,7 +84,7 @@ def cosine_head(
         generator: CPU generator of the initial rows.
 
     References:
-        Cao et al., NeurIPS 2019, arXiv:1906.07413, §3.3 (normalised last layer).
+        Cao et al., NeurIPS 2019, arXiv:1906.07413, §3.2 (unit features and rows).
     """
     return CosineHead(
         in_features, num_classes, dim=dim, neck=neck, scale=scale, generator=generator

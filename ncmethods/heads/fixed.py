@@ -105,8 +105,8 @@ def etf_head(
         InputError: dim < K − 1, or a neck that does not fit.
 
     References:
-        Yang et al., NeurIPS 2022, arXiv:2203.09081, eq. (1): a fixed ETF classifier. The default
-        scale follows from eq. (1) and softmax; it is ours.
+        Yang et al., NeurIPS 2022, arXiv:2203.09081: a classifier fixed to a simplex ETF. The
+        default scale is ours; it follows from the cosine −1/(K−1) and softmax.
     """
     frame = simplex_etf(
         num_classes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import TypeAlias
@@ -18,10 +19,10 @@ HeadLike: TypeAlias = "nn.Module | Callable[[int, int], nn.Module]"
 
 
 def build_head(head: HeadLike, old: nn.Module, num_classes: int | None) -> nn.Module:
-    """The head that takes the place of ``old``, with its device and dtype.
+    """The head that takes the place of ``old``, with its device, dtype and mode.
 
     Raises:
-        InputError: ``old`` has no known width, or a built head has another one.
+        InputError: ``old`` has no known width, or a built head has another one or another K.
     """
     in_features, rows = getattr(old, "in_features", None), getattr(old, "out_features", None)
     if not isinstance(in_features, int) or not isinstance(rows, int):
@@ -36,13 +37,19 @@ def build_head(head: HeadLike, old: nn.Module, num_classes: int | None) -> nn.Mo
                 f"The head takes {width} features, but the model's classifier layer takes "
                 f"{in_features}. Build it with in_features={in_features}."
             )
+        K = getattr(head, "out_features", num_classes)
+        if num_classes not in (None, K):
+            raise InputError(
+                f"num_classes={num_classes}, but the head was built with {K} classes. Pass a "
+                "builder, or leave num_classes out."
+            )
         built = head
     else:
         built = head(in_features, rows if num_classes is None else num_classes)
     weight = old.weight
-    if isinstance(weight, Tensor) and weight.device.type != "meta":
-        built.to(weight.device, weight.dtype)
-    return built
+    if isinstance(weight, Tensor):  # on the meta device a fixed frame would be lost
+        built.to(None if weight.is_meta else weight.device, weight.dtype)
+    return built.train(old.training)
 
 
 def swap_head(
@@ -54,7 +61,8 @@ def swap_head(
 ) -> nn.Module:
     """Replace the classifier layer of a model in place; its forward stays x → logits.
 
-    Device and dtype are kept; ``num_classes`` and ``num_labels`` attributes are brought up to date.
+    Device, dtype and train/eval mode are kept; ``num_classes`` and ``num_labels`` attributes are
+    brought up to date.
 
     Args:
         net: e.g. a torchvision model.
@@ -89,7 +97,8 @@ def swap_head(
 def warn_relu(net: nn.Module, head: nn.Module) -> None:
     """Warn when a fixed head without a neck may see non-negative features.
 
-    For features ≥ 0 the largest cosine with a row w is ‖max(w, 0)‖: 0.707 for a rotated ETF.
+    For features ≥ 0 the largest cosine with a row w is ‖max(w, 0)‖: 0.707 for a rotated ETF, and
+    √((K−1)/K) for the canonical one, which is as far as any rotation gets.
     """
     if not isinstance(getattr(head, "neck", None), nn.Identity) or isinstance(
         head.weight, nn.Parameter
@@ -100,7 +109,7 @@ def warn_relu(net: nn.Module, head: nn.Module) -> None:
         return
     rows = head.weight.detach()  # type: ignore[operator]
     cap = torch.linalg.vector_norm(rows.clamp(min=0), dim=1) / torch.linalg.vector_norm(rows, dim=1)
-    if float(cap.min()) < 0.95:
+    if float(cap.min()) < 0.95 * math.sqrt(1 - 1 / len(rows)):
         warnings.warn(
             "This model has ReLUs and the head has no neck: if its features are non-negative they "
             f"reach at most cosine {float(cap.min()):.3f} with the fixed rows. Use neck='bn', or "

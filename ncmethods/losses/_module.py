@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ncmethods._core import InputError, bind
+from ncmethods._core import InputError, bind, check_choice
 
 __all__ = ["LossModule"]
 
@@ -25,10 +26,15 @@ class LossModule(nn.Module):
 
     ``forward`` takes the tensors by their names (``features=``, ``logits=``, ``labels=``,
     ``weight=``) and passes on those that the function asks for.
+
+    Raises:
+        InputError: a hyperparameter that the function does not have.
     """
 
     def __init__(self, function: Callable[..., Tensor], **hyper: Any) -> None:
         super().__init__()
+        for name in hyper:
+            check_choice(name, inspect.signature(function).parameters, "hyperparameter")
         self._names = [name for name, value in hyper.items() if isinstance(value, Tensor)]
         for name in self._names:
             self.register_buffer(name, hyper.pop(name))

@@ -35,7 +35,7 @@ def dot_regression(
     Args:
         features: [N, D], the head's input after its neck.
         labels: int64 [N]; negative labels are left out.
-        weight: fixed rows [K, D].
+        weight: fixed rows [K, D]; they get no gradient.
         balance: how samples are averaged. ``"batch"`` is the mean over the classes of the batch of
             their mean, what the authors' code does; ``"none"`` the plain mean, what the paper
             prints; ``"global"`` Σ ℓ_i/n_{y_i} / Σ 1/n_{y_i} with the training ``counts``.
@@ -47,26 +47,27 @@ def dot_regression(
         loss [].
 
     Raises:
-        InputError: shapes that do not fit, an unknown balance, ``"global"`` without counts.
+        InputError: shapes that do not fit, labels ≥ K, an unknown balance, ``"global"`` without
+            counts.
 
     References:
-        Yang et al., NeurIPS 2022, arXiv:2203.09081, eq. (12). The batch balancing is in the
-        authors' released code and not in the paper.
+        Yang et al., NeurIPS 2022, arXiv:2203.09081 (dot-regression loss). The batch balancing is
+        in the authors' released code and not in the paper.
     """
     check_choice(balance, ("batch", "none", "global"), "balance")
     features = check_features(features)
-    labels = check_labels(labels, len(features))
     if weight.ndim != 2 or weight.shape[1] != features.shape[1]:
         raise InputError(
             f"weight must be [K, D] with D = {features.shape[1]} as the features have, got "
             f"{tuple(weight.shape)}. Use the features after the head's neck."
         )
     K = len(weight)
+    labels = check_labels(labels, len(features), K)
     known = labels >= 0
     y = labels.clamp(min=0)
     with torch.autocast(features.device.type, enabled=False):
         h = F.normalize(features, dim=1) if normalize else features
-        W = weight.to(h.dtype)
+        W = weight.detach().to(h.dtype)
         length = torch.linalg.vector_norm(h, dim=1)  # [N]
         reach = (length * torch.linalg.vector_norm(W, dim=1)[y]).detach()
         dots = (h * W[y]).sum(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, check_counts, check_labels
+from ncmethods._core import InputError, check_counts, check_labels, check_logits
 
 __all__ = ["drw_weights", "ldam"]
 
@@ -38,16 +38,16 @@ def ldam(
         loss [].
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or labels ≥ K.
 
     References:
-        Cao et al., NeurIPS 2019, arXiv:1906.07413, eqs. (13) and (14).
+        Cao et al., NeurIPS 2019, arXiv:1906.07413, §3.2, eqs. (12) and (13).
     """
-    labels = check_labels(labels, len(logits))
-    n = check_counts(counts, logits.shape[1]).to(logits.device).double()
+    z = check_logits(logits)
+    labels = check_labels(labels, len(z), z.shape[1])
+    n = check_counts(counts, z.shape[1]).to(z.device).double()
     rarest = torch.where(n > 0, n, torch.inf).min()
     margin = torch.where(n > 0, max_margin * (rarest / n).pow(0.25), 0.0)  # [K]
-    z = logits.float() if logits.dtype.itemsize < 4 else logits
     y = labels.clamp(min=0)
     shift = torch.zeros_like(z).scatter(1, y[:, None], scale * margin.to(z.dtype)[y][:, None])
     w = None if class_weight is None else class_weight.to(z)
@@ -68,7 +68,8 @@ def drw_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
         InputError: a class without samples.
 
     References:
-        Cui et al., CVPR 2019, arXiv:1901.05555, eq. (12); deferred: Cao et al. 2019, algorithm 1.
+        Cui et al., CVPR 2019, arXiv:1901.05555, eq. (8). Deferred: Cao et al. 2019, algorithm 1,
+        which prints 1/n_c; its released code takes these weights.
     """
     n = check_counts(counts).double()
     if bool((n <= 0).any()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncmethods._core import check_counts, check_labels
+from ncmethods._core import check_counts, check_labels, check_logits
 
 __all__ = ["logit_adjusted"]
 
@@ -27,13 +27,13 @@ def logit_adjusted(logits: Tensor, labels: Tensor, counts: Tensor, *, tau: float
         loss [].
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or labels ≥ K.
 
     References:
-        Menon et al., ICLR 2021, arXiv:2007.07314, eq. (10).
+        Menon et al., ICLR 2021, arXiv:2007.07314, §5.1, eq. (10).
     """
-    labels = check_labels(labels, len(logits))
-    prior = check_counts(counts, logits.shape[1]).to(logits.device).double()
+    z = check_logits(logits)
+    labels = check_labels(labels, len(z), z.shape[1])
+    prior = check_counts(counts, z.shape[1]).to(z.device).double()
     adjustment = tau * (prior / prior.sum()).log() if tau else prior.mul(0)
-    z = logits.float() if logits.dtype.itemsize < 4 else logits
     return F.cross_entropy(z + adjustment.to(z.dtype), labels.clamp(min=-1), ignore_index=-1)

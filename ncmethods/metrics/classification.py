@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, check_labels
+from ncmethods._core import InputError, check_labels, check_logits
 
 __all__ = [
     "accuracy_by_class",
@@ -23,15 +23,16 @@ __all__ = [
 
 
 def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if logits.ndim != 2 or len(logits) == 0:
-        raise InputError(f"logits must be [N, K] with N ≥ 1, got shape {tuple(logits.shape)}.")
+    logits = check_logits(logits)
+    if len(logits) == 0:
+        raise InputError("logits must have at least one row, got none.")
     labels = check_labels(labels, len(logits))
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise InputError(
             f"labels must lie in 0…{logits.shape[1] - 1}, got "
             f"{int(labels.min())}…{int(labels.max())}."
         )
-    return logits.double(), labels
+    return logits.detach().double(), labels
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Temperature T > 0 that minimises the NLL of ``logits / T``.
 
     References:
-        Guo et al. 2017, arXiv:1706.04599, §4.2.
+        Guo et al. 2017, arXiv:1706.04599 (temperature scaling).
     """
     from scipy.optimize import minimize_scalar
 
@@ -105,7 +106,11 @@ def _cross_fitted(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def classification(
-    logits: Tensor, labels: Tensor, groups: Mapping[str, Sequence[int]] | None = None
+    logits: Tensor,
+    labels: Tensor,
+    groups: Mapping[str, Sequence[int]] | None = None,
+    *,
+    scaled: bool = True,
 ) -> dict[str, float]:
     """Accuracy, macro-F1, NLL, ECE and Brier score as floats.
 
@@ -115,8 +120,9 @@ def classification(
     Args:
         logits: [N, K].
         labels: int64 [N].
-        groups: group name to class indices, e.g. of ``stats.frequency_groups``; groups without
-            samples are left out.
+        groups: group name to class indices, e.g. of ``stats.frequency_groups``; a group
+            with a class that has no sample is left out.
+        scaled: whether to fit temperatures, which takes longer than all the rest.
     """
     logits, labels = _checked(logits, labels)
     table = confusion_matrix(logits, labels).double()
@@ -128,13 +134,13 @@ def classification(
         values = by_class[list(classes)]
         if len(values) and not bool(values.isnan().any()):
             out[f"accuracy/{name}"] = float(values.mean())
-    scaled = _cross_fitted(logits, labels)
     out |= {
         "f1_macro": float((2 * right / (true + predicted))[seen].mean()),
         "nll": float(nll(logits, labels)),
         "ece": float(ece(logits, labels)),
         "brier": float(brier(logits, labels)),
-        "nll/scaled": float(nll(scaled, labels)),
-        "ece/scaled": float(ece(scaled, labels)),
     }
+    if scaled:
+        fitted = _cross_fitted(logits, labels)
+        out |= {"nll/scaled": float(nll(fitted, labels)), "ece/scaled": float(ece(fitted, labels))}
     return out

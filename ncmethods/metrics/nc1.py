@@ -12,7 +12,7 @@ from ncmethods._core import InputError
 from ncmethods._linalg import trace_pinv_product, truncated_svd
 from ncmethods.stats import ClassStats
 
-__all__ = ["cdnv", "nc1_pinv", "nc1_rank", "trace_ratio", "vci"]
+__all__ = ["cdnv", "nc1_pinv", "nc1_terms", "trace_ratio", "vci"]
 
 
 def between_rows(stats: ClassStats, weighting: str = "class") -> Tensor:
@@ -30,10 +30,17 @@ def between_rows(stats: ClassStats, weighting: str = "class") -> Tensor:
     return (stats.centered_means(weighting) * shares.sqrt()[:, None])[active]
 
 
-def _nc1_terms(stats: ClassStats, weighting: str) -> tuple[Tensor, int]:
-    """Tr(Σ_W Σ_B†)/K and the rank that Σ_B was inverted at."""
+def _size(stats: ClassStats) -> float:
+    """Largest entry of the class means, which sets the rounding of centred means."""
+    return float(stats.means.nan_to_num().abs().max())
+
+
+def nc1_terms(stats: ClassStats, weighting: str = "class") -> tuple[Tensor, int]:
+    """Tr(Σ_W Σ_B†)/K, [], and the rank at which Σ_B was inverted."""
     R = between_rows(stats, weighting)
-    S, V = truncated_svd(R, min(len(R) - 1, stats.dim))
+    S, V = truncated_svd(R, min(len(R) - 1, stats.dim), size=_size(stats))
+    if not len(S):  # the means coincide: nothing tells the classes apart
+        return R.new_tensor(torch.nan), 0
     spread = ((V @ stats.sigma_w) * V).sum(1)  # v_jᵀ Σ_W v_j
     return (spread / S.square()).sum() / len(R), len(S)
 
@@ -42,7 +49,8 @@ def nc1_pinv(stats: ClassStats, *, weighting: str = "class") -> Tensor:
     """NC1 of the papers, Tr(Σ_W Σ_B†)/K, [].
 
     Σ_B is inverted at rank min(K_active − 1, D), less directions in which the means agree to
-    rounding (:func:`nc1_rank` tells how many were kept). Σ_W is weighted as it was accumulated.
+    rounding (``report`` says at which rank); NaN where all means agree. Σ_W is weighted as it was
+    accumulated.
 
     Args:
         stats: with scatter.
@@ -53,14 +61,9 @@ def nc1_pinv(stats: ClassStats, *, weighting: str = "class") -> Tensor:
         InputError: fewer than two classes with samples, or no scatter.
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, §2 (NC1) and Figure 6.
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC1).
     """
-    return _nc1_terms(stats, weighting)[0]
-
-
-def nc1_rank(stats: ClassStats, *, weighting: str = "class") -> int:
-    """Rank at which :func:`nc1_pinv` inverts Σ_B."""
-    return _nc1_terms(stats, weighting)[1]
+    return nc1_terms(stats, weighting)[0]
 
 
 def trace_ratio(stats: ClassStats, *, weighting: str = "class") -> Tensor:
@@ -71,7 +74,7 @@ def trace_ratio(stats: ClassStats, *, weighting: str = "class") -> Tensor:
         weighting: of the means in μ_G and Σ_B.
 
     References:
-        Tirer, Huang, Niles-Weed 2023, arXiv:2210.13963 (NC1 by traces).
+        Tirer, Huang, Niles-Weed 2023, arXiv:2210.16658 (NC1 by traces).
     """
     within = stats.trace.sum() / stats.counts.sum()
     return within / between_rows(stats, weighting).square().sum()
@@ -87,7 +90,7 @@ def cdnv(stats: ClassStats) -> Tensor:
         InputError: fewer than two classes with samples.
 
     References:
-        Galanti, György, Hutter 2022, arXiv:2112.15121, eq. (4).
+        Galanti, György, Hutter 2022, arXiv:2112.15121 (definition of CDNV).
     """
     active = stats.active
     M = stats.centered_means()[active]
@@ -107,8 +110,8 @@ def vci(stats: ClassStats, *, weighting: str = "class") -> Tensor:
     is unchanged by any invertible linear map of the features.
 
     References:
-        Xu, Liu 2023, arXiv:2306.03440, eq. (3).
+        Xu, Liu 2023, arXiv:2306.03440 (definition of VCI).
     """
     R = between_rows(stats, weighting)
-    S, _ = truncated_svd(R, min(len(R) - 1, stats.dim))
+    S, _ = truncated_svd(R, min(len(R) - 1, stats.dim), size=_size(stats))
     return 1 - trace_pinv_product(stats.sigma_w + R.T @ R, R) / len(S)

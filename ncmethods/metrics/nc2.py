@@ -32,17 +32,17 @@ def equinorm(rows: Tensor) -> Tensor:
     """Coefficient of variation of the row norms (population standard deviation), [].
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, Figure 2.
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC2, equal norms).
     """
     norms: Tensor = torch.linalg.vector_norm(_rows(rows), dim=1)
     return norms.std(correction=0) / norms.mean()
 
 
 def equiangular(rows: Tensor) -> Tensor:
-    """Mean over pairs of |cos + 1/(K−1)|, [].
+    """Mean over pairs of ``|cos + 1/(K−1)|``, [].
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, Figures 3 and 4.
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC2, equal and maximal angles).
     """
     K = len(rows)
     gap = (_cosines(_rows(rows)) + 1 / (K - 1)).abs()
@@ -53,7 +53,7 @@ def gram_etf(rows: Tensor) -> Tensor:
     """‖G/‖G‖_F − E/‖E‖_F‖_F with G the Gram matrix and E = I − 11ᵀ/K, [], in [0, √2].
 
     References:
-        Zhu et al. 2021, arXiv:2105.02375, eq. (12).
+        Zhu et al. 2021, arXiv:2105.02375 (measure of NC2).
     """
     R = _rows(rows)
     K = len(R)
@@ -70,7 +70,7 @@ def min_angle(rows: Tensor) -> Tensor:
         Fang et al. 2021, arXiv:2101.12699 (minority collapse: angles between minority rows).
     """
     R = _rows(rows)
-    cosines = _cosines(R).fill_diagonal_(-1)
+    cosines = _cosines(R).fill_diagonal_(-torch.inf)
     i, j = divmod(int(cosines.argmax()), len(R))
     a, b = F.normalize(R[i], dim=0), F.normalize(R[j], dim=0)
     # Kahan's form keeps small angles exact where arccos loses half of the digits.

@@ -29,7 +29,7 @@ def self_duality(weight: Tensor, means: Tensor) -> Tensor:
         means: centred class means [K, D].
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, Figure 5 (there squared in some code).
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC3); much public code squares it.
     """
     W, M = _pair(weight, means)
     gap = W / torch.linalg.matrix_norm(W) - M / torch.linalg.matrix_norm(M)
@@ -45,7 +45,7 @@ def duality_cosine(weight: Tensor, means: Tensor) -> Tensor:
         means: centred class means [K, D].
 
     References:
-        Jiang et al. 2023, arXiv:2310.05351 (GNC3).
+        Jiang et al. 2023, arXiv:2310.05351 (self-duality).
     """
     W, M = _pair(weight, means)
     return (1 - F.cosine_similarity(W, M, dim=1)).mean()

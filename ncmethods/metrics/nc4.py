@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncmethods._core import InputError, check_features
+from ncmethods._core import InputError, check_features, check_logits
 
 __all__ = ["agreement", "nearest_mean"]
 
@@ -53,8 +53,9 @@ def agreement(features: Tensor, logits: Tensor, means: Tensor) -> Tensor:
         InputError: no samples, or shapes that do not fit.
 
     References:
-        Papyan, Han, Donoho 2020, arXiv:2008.08186, Figure 7 (there the mismatch).
+        Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC4; there the mismatch).
     """
+    logits = check_logits(logits, len(means))
     if len(features) == 0 or len(logits) != len(features):
         raise InputError(
             f"NC4 needs samples with logits, got {len(features)} features and {len(logits)} logits."

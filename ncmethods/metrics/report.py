@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncmethods._core import InputError, check_counts, logits_of
+from ncmethods._core import InputError, check_counts, check_logits, logits_of
 from ncmethods.features import FeatureSet
-from ncmethods.metrics.nc1 import cdnv, nc1_pinv, nc1_rank, trace_ratio, vci
+from ncmethods.metrics.nc1 import cdnv, nc1_terms, trace_ratio, vci
 from ncmethods.metrics.nc2 import equiangular, equinorm, gram_etf, min_angle
 from ncmethods.metrics.nc3 import duality_cosine, self_duality
-from ncmethods.metrics.nc4 import agreement, nearest_mean
+from ncmethods.metrics.nc4 import nearest_mean
 from ncmethods.stats import ClassStats, rare_classes
 
 __all__ = ["Report", "report"]
@@ -62,6 +62,11 @@ def report(
         InputError: nothing was accumulated, or shapes that do not fit.
     """
     stats = data.stats if isinstance(data, FeatureSet) else data
+    if not isinstance(stats, ClassStats):
+        raise InputError(
+            f"report measures a FeatureSet or a ClassStats, got {type(data).__name__}. Use "
+            "ClassStats(num_classes, dim).update(features, labels)."
+        )
     weight = None if head is None else _weight(head, stats)
     values, rank = _geometry(stats, weight, weighting)
 
@@ -70,21 +75,24 @@ def report(
             raise InputError("unit must be a ClassStats(normalized=True) of unit-norm features.")
         values |= {f"{key}/unit": v for key, v in _geometry(unit, None, weighting)[0].items()}
 
-    if isinstance(data, FeatureSet) and data.labels is not None and stats.N:
+    if isinstance(data, FeatureSet) and data.labels is not None and stats.K_active >= 2:
         logits = data.logits
         if logits is None and head is not None:
             with torch.no_grad():
-                logits = logits_of(head, data.features)
+                logits = logits_of(head, data.features.to(head.weight))  # type: ignore[arg-type]
         near = nearest_mean(data.features, stats.means)
         known = data.labels >= 0
         values["nc4/ncc_accuracy"] = float((near == data.labels)[known].double().mean())
-        if logits is not None:
-            values["nc4/agreement"] = float(agreement(data.features, logits, stats.means))
+        if logits is not None:  # nc4.agreement, without a second search for the nearest means
+            chosen = check_logits(logits, stats.num_classes).argmax(1).to(near.device)
+            values["nc4/agreement"] = float((chosen == near).double().mean())
 
     if counts is not None or rare is not None:
         if rare is None:
             assert counts is not None
             rare = rare_classes(check_counts(counts, stats.num_classes))
+        if any(not 0 <= c < stats.num_classes for c in rare):
+            raise InputError(f"rare must hold classes 0…{stats.num_classes - 1}, got {list(rare)}.")
         rows = stats.centered_means()[list(rare)]
         if len(rows) >= 2 and not bool(rows.isnan().any()):
             values["angle/rare_means_min"] = float(min_angle(rows))
@@ -94,8 +102,9 @@ def report(
     features = f"{'unit' if stats.normalized else 'raw'} features"
     layer = f" of {stats.layer}" if stats.layer else ""
     scatter = "class_weight-weighted" if stats._class_weight is not None else "sample-weighted"
+    measure = f"NC1 pinv, {scatter} Σ_W, {weighting}-weighted Σ_B, rank {rank}, "
     provenance = (
-        f"NC1 pinv, {scatter} Σ_W, {weighting}-weighted Σ_B, rank {rank}, {features}{layer}, "
+        f"{measure if 'nc1/pinv' in values else ''}{features}{layer}, "
         f"N = {stats.N:,}, {stats.K_active} of {stats.num_classes} classes"
     )
     return Report({prefix + key: value for key, value in values.items()}, provenance)
@@ -119,13 +128,12 @@ def _geometry(
     """NC1, NC2 and NC3 of one statistic, and the rank of NC1."""
     out: dict[str, Tensor] = {}
     rank = 0
-    if stats.N == 0:
-        raise InputError("This ClassStats is empty: call update(features, labels) first.")
     active = stats.active
+    if not bool(active.any()):
+        raise InputError("This ClassStats is empty: call update(features, labels) first.")
     if stats.K_active >= 2:
         if stats.scatter:
-            rank = nc1_rank(stats, weighting=weighting)
-            out["nc1/pinv"] = nc1_pinv(stats, weighting=weighting)
+            out["nc1/pinv"], rank = nc1_terms(stats, weighting)
             out["nc1/vci"] = vci(stats, weighting=weighting)
         out["nc1/trace_ratio"] = trace_ratio(stats, weighting=weighting)
         out["nc1/cdnv"] = cdnv(stats)

@@ -62,7 +62,7 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
         if not _digest(path).exists():
             continue
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == _digest(path).read_text().strip():
+        if hashlib.sha256(content).hexdigest() == _digest(path).read_text("latin-1").strip():
             state: dict[str, Any] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ncmethods import heads, models
 from ncmethods._core import InputError, check_choice, check_num_classes
 from ncmethods.heads import Classifier
 
-__all__ = ["ModelConfig", "TrainConfig", "build_model", "lr_factor"]
+__all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
 
-_HEADS = ("linear", *(name for name in heads.__all__ if name.endswith("_head") and name[0] in "ce"))
+HEADS = ("linear", "cosine_head", "etf_head")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
     Raises:
         InputError: an unknown backbone or head.
     """
-    check_choice(config.head, _HEADS, "head")
+    check_choice(config.head, HEADS, "head")
     K = check_num_classes(config.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +55,18 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
         make = partial(builder, **config.head_args)
         if ":" not in config.backbone:
             return Classifier(net, make(net.num_features, K))
-        return Classifier.from_model(net, make, num_classes=K)
+        model = Classifier.from_model(net, make, num_classes=K)
+        if config.in_channels == 1 and config.backbone.startswith(("torchvision:", "timm:")):
+            model.backbone = nn.Sequential(GrayToRGB(), model.backbone)
+        return model
+
+
+class GrayToRGB(nn.Module):
+    """Grey images for models that expect colour: [N, 1, H, W] → [N, 3, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The one channel three times."""
+        return x.expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class TrainConfig:
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Learning rate after the warm-up."""
     milestones: tuple[float, ...] = (0.8, 0.9)
-    """For the step schedule: fractions of the run after which lr is multiplied by gamma."""
+    """Fractions of the run after which the step schedule multiplies lr by gamma."""
     gamma: float = 0.1
     """Factor of the step schedule."""
     clip_norm: float = 0.0
@@ -95,7 +106,7 @@ class TrainConfig:
     measurements: int = 10
     """How often per run accuracy and geometry are measured, the end included."""
     checkpoint_steps: int = 0
-    """Steps between checkpoints; 0 writes one at least every 100 steps, at the end of epochs."""
+    """Steps between checkpoints; 0 writes them at the end of epochs, 100 steps apart or more."""
 
     def __post_init__(self) -> None:
         """Check what would only fail in the middle of a run."""
@@ -103,8 +114,15 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "measurements"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.lr > 0 or not math.isfinite(self.lr):
+        if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr must be positive and finite, got {self.lr}.")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm", "mixup", "crop", "threads"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum must lie in [0, 1), got {self.momentum}.")
+        if self.checkpoint_steps < 0:
+            raise InputError(f"checkpoint_steps must be at least 0, got {self.checkpoint_steps}.")
 
     def measured(self, epoch: int) -> bool:
         """Whether geometry is measured after ``epoch`` (counted from 1)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ncmethods._core import InputError
+from ncmethods._core import InputError, check_choice
 from ncmethods.features import FeatureSet
 
 __all__ = ["Process", "gather", "process"]
@@ -46,8 +46,10 @@ def process(device: str = "auto") -> Iterator[Process]:
     mps = world == 1 and torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
-        raise InputError(f"device {device!r} is not available here. Use --train.device cpu.")
+    kind = device.partition(":")[0]
+    check_choice(kind, ("cpu", "cuda", "mps"), "device")
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not mps):
+        raise InputError(f"device {device!r} is not available here. Use cpu.")
     where = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if where.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -56,8 +58,8 @@ def process(device: str = "auto") -> Iterator[Process]:
     if ours:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        yield Process(rank, world if dist.is_initialized() else 1, where)
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        yield Process(rank, size, where)
     finally:
         if ours:
             dist.destroy_process_group()

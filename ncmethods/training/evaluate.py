@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ncmethods import metrics
@@ -26,7 +27,12 @@ class Evaluation:
     head: nn.Module
 
     def row(
-        self, counts: Tensor, groups: Mapping[str, Sequence[int]], rare: Sequence[int] | None
+        self,
+        counts: Tensor,
+        groups: Mapping[str, Sequence[int]],
+        rare: Sequence[int] | None,
+        *,
+        scaled: bool = True,
     ) -> dict[str, float]:
         """Every measure, under ``train/`` and ``test/``.
 
@@ -34,6 +40,7 @@ class Evaluation:
             counts: training samples per class [K].
             groups: class indices by group, for accuracy.
             rare: class indices whose angles are measured; by ``counts`` if None.
+            scaled: whether calibration is measured after a temperature fit too.
         """
         assert self.test.logits is not None
         assert self.test.labels is not None
@@ -44,7 +51,7 @@ class Evaluation:
             )
             # The classifier's rows are the same on both sets: once is enough.
             row |= {k: v for k, v in measures.items() if name == "train" or "_weight" not in k}
-        scores = metrics.classification(self.test.logits, self.test.labels, groups)
+        scores = metrics.classification(self.test.logits, self.test.labels, groups, scaled=scaled)
         return row | {f"test/{key}": value for key, value in scores.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -68,6 +75,9 @@ def evaluate(model: Classifier, train: DeviceLoader, test: DeviceLoader) -> Eval
         train: evaluation loader (``train=False``) over the training images.
         test: evaluation loader over the test images.
     """
+    if train.world > 1:  # each rank has its own BatchNorm statistics; those of rank 0 are kept
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     head: Any = model.head
     K = len(head.weight)
     sets = [gather(extract(model, part, K, progress=False), part.world) for part in (train, test)]

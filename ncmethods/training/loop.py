@@ -132,6 +132,7 @@ def fit(
         flip=config.flip,
         mixup=config.mixup,
     )
+    train, test = loader("train", train=False), loader("test", train=False)
     net = build_model(model, seed=seed).to(here.device)
     ddp = nn.parallel.DistributedDataParallel(net) if here.world > 1 else net
     optimizer = torch.optim.SGD(
@@ -143,14 +144,15 @@ def fit(
     )
     state = load_checkpoint(out) or {"step": 0, "offset": 0, "loss": 0.0}
     if "model" in state:
+        _check_same(record, json.loads(state["config"]), out)
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
     per_epoch = len(batches)
     every = config.checkpoint_steps or per_epoch * -(-100 // per_epoch)
     step, total = int(state["step"]), config.epochs * per_epoch
-    losses = torch.zeros((), dtype=torch.float64, device=here.device)  # of this epoch, this rank
-    so_far = float(state["loss"])  # of this epoch, all ranks, up to the last checkpoint
+    losses = torch.zeros(per_epoch, device=here.device)  # by step, of this rank, not yet in so_far
+    so_far = float(state["loss"])  # sum of this epoch over all ranks
     row: dict[str, Any] = {}
     tracker = Tracker(
         out,
@@ -163,10 +165,15 @@ def fit(
     )
 
     def everywhere() -> float:
-        """Sum of the losses since the last call over all ranks."""
+        """Sum of the losses since the last call, mean over ranks."""
         if here.world > 1:
             dist.all_reduce(losses)
-        value = float(losses) / here.world
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):  # off the CPU, where looking at every step would cost time
+            first = int(bad[0])
+            again = next(batches.epoch(epoch, first))
+            raise _non_finite(out, net, again, seed, epoch, epoch * per_epoch + first, step, here)
+        value = float(losses.cpu().double().sum()) / here.world
         losses.zero_()
         return value
 
@@ -183,43 +190,37 @@ def fit(
                 torch.manual_seed((seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
                 value = _loss(ddp, net, loss, batch, counts, epoch, config)
                 if here.device.type == "cpu" and not math.isfinite(value.item()):
-                    raise _non_finite(out, net, batch, seed, epoch, step, here)
+                    raise _non_finite(out, net, batch, seed, epoch, step, step, here)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
                 if config.clip_norm > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
                 optimizer.step()
-                losses += value.detach()
+                losses[step % per_epoch] = value.detach()
                 step += 1
-                if step % per_epoch == 0:
-                    break
-                if step % every == 0:
+                if step % every == 0 and step % per_epoch:
                     so_far += everywhere()
-                    _save(out, net, optimizer, step, so_far, tracker, here)
-            if step % per_epoch:
-                continue
+                    _save(out, record, net, optimizer, step, so_far, tracker, here)
             so_far += everywhere()
-            if not math.isfinite(so_far):
-                raise _non_finite(out, net, batch, seed, epoch, step - 1, here)
             row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"]}
             row["train/loss"] = so_far / per_epoch
             so_far = 0.0
             seconds = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
             if config.measured(epoch + 1):
-                measured = evaluate(net, loader("train", train=False), loader("test", train=False))
+                measured = evaluate(net, train, test)
                 seconds["forward"] = time.perf_counter() - began - seconds["seconds"]
                 if here.first:
-                    row |= measured.row(counts, scored, rare)
+                    row |= measured.row(counts, scored, rare, scaled=step == total)
                 seconds["measure"] = time.perf_counter() - began - sum(list(seconds.values())[1:])
             tracker.log(row)
             tracker.timing(seconds)
             if step == total and here.first:
-                _write_result(out, net, measured, row)
+                _write_result(out, net, measured)
                 if finish is not None:
                     finish(tracker, out)
                 write_text(out / "result.json", json.dumps(_finite(row)) + "\n")
             elif step % every == 0 or config.measured(epoch + 1):
-                _save(out, net, optimizer, step, 0.0, tracker, here)
+                _save(out, record, net, optimizer, step, 0.0, tracker, here)
             began = time.perf_counter()
     return _finite(row)
 
@@ -263,24 +264,32 @@ def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
     """
     path, train = out / "config.json", record["train"]
     if path.exists():
-        old = _flat(read_json(path))
-        train["threads"] = train["threads"] or old.get("train.threads")
-        ours = _flat(json.loads(json.dumps(record)))
-        differ = sorted(k for k in ours.keys() | old.keys() if ours.get(k) != old.get(k))
-        if differ:
-            shown = "; ".join(f"{k}: {old.get(k)!r} there, {ours.get(k)!r} now" for k in differ[:4])
-            raise CheckpointError(
-                f"{out} holds a run with another configuration ({shown}). "
-                "Choose another --out, or repeat the command that began it."
-            )
+        old = read_json(path)
+        train["threads"] = train["threads"] or _flat(old).get("train.threads")
+        _check_same(record, old, out)
     else:
         train["threads"] = train["threads"] or torch.get_num_threads()
         if here.first:
             write_text(path, json.dumps(record, indent=1) + "\n")
+    if here.first:
+        for left in out.glob(".*.tmp"):  # by a run that was killed while it wrote
+            left.unlink()
     if here.world > 1:
         dist.barrier()
     threads: int = train["threads"]
     return threads
+
+
+def _check_same(record: dict[str, Any], there: dict[str, Any], out: Path) -> None:
+    ours, old = _flat(json.loads(json.dumps(record))), _flat(there)
+    differ = sorted(k for k in ours.keys() | old.keys() if ours.get(k) != old.get(k))
+    if differ:
+        shown = "; ".join(f"{k}: {old.get(k)!r} there, {ours.get(k)!r} now" for k in differ[:4])
+        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise CheckpointError(
+            f"{out} holds a run with another configuration ({shown}{more}). "
+            "Choose another --out, or repeat the command that began it."
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -294,6 +303,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _save(
     out: Path,
+    record: dict[str, Any],
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -303,6 +313,7 @@ def _save(
 ) -> None:
     if here.first:
         state = {
+            "config": json.dumps(record),
             "step": step,
             "loss": losses,
             "offset": tracker.position(),
@@ -312,33 +323,42 @@ def _save(
         save_checkpoint(out, state, step)
 
 
-def _write_result(out: Path, net: nn.Module, measured: Evaluation, row: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
+def _write_result(out: Path, net: nn.Module, measured: Evaluation) -> None:
+    from safetensors.torch import save
 
-    weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
     for name, tensors in (("weights", weights), ("evaluation", measured.tensors())):
         with atomic_path(out / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))
 
 
 def _non_finite(
-    out: Path, net: nn.Module, batch: Batch, seed: int, epoch: int, step: int, here: Process
+    out: Path,
+    net: nn.Module,
+    batch: Batch,
+    seed: int,
+    epoch: int,
+    step: int,
+    now: int,
+    here: Process,
 ) -> NonFiniteLoss:
+    """Write the batch of ``step`` and the model as it is at step ``now``; returns the error."""
     path = out / f"nonfinite-step{step}-rank{here.rank}.pt"
-    with atomic_path(path) as temporary:
-        torch.save(
-            {
-                "seed": seed,
-                "epoch": epoch,
-                "step": step,
-                "batch": tuple(batch),
-                "model": net.state_dict(),
-            },
-            temporary,
-        )
+    state = {
+        "seed": seed,
+        "epoch": epoch,
+        "step": step,
+        "batch": tuple(batch),
+        "model_step": now,
+        "model": net.state_dict(),
+    }
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
     return NonFiniteLoss(
-        f"The loss became NaN or infinite at step {step} (epoch {epoch + 1}). The batch and the "
-        f"weights are in {path}. Lower the learning rate, set clip_norm, or look at the data."
+        f"The loss became NaN or infinite at step {step} (epoch {epoch + 1}). Its batch and the "
+        f"weights at step {now} are in {path}. Lower the learning rate, set clip_norm, or look at "
+        "the data."
     )
 
 

@@ -81,14 +81,20 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
+    try:
+        spec = ModelConfig(**config["model"] | {"weights": None})
+        data = config["data"]
+        preprocess = Preprocessing(data["mean"], data["std"], tuple(data["image_shape"]))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory}/config.json is not that of a run of ncmethods ({error})."
+        ) from error
     weights = directory / "weights.safetensors"
     if not weights.exists():
         raise CheckpointError(
             f"{directory} has no weights.safetensors: the run has not finished. "
             "Start the same command again to resume it."
         )
-    model = build_model(ModelConfig(**config["model"] | {"weights": None}))
+    model = build_model(spec)
     load_weights(model, weights)
-    data = config["data"]
-    preprocess = Preprocessing(data["mean"], data["std"], tuple(data["image_shape"]))
     return Run(model.eval(), config, preprocess)

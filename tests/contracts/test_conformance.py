@@ -1,0 +1,278 @@
+"""Every part that a room exports passes the public checks, and the checks can fail."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ncmethods import frames, heads, losses, metrics
+from ncmethods._core import InputError, NCError
+from ncmethods.testing import (
+    ConformanceError,
+    check_frame,
+    check_head,
+    check_loss,
+    check_metric,
+)
+
+HEADS = {
+    "etf_head": heads.etf_head,
+    "etf_head-linear": partial(heads.etf_head, neck="linear"),
+    "etf_head-none": partial(heads.etf_head, neck=None),
+    "etf_head-dim": partial(heads.etf_head, dim=7),
+    "etf_head-raw": partial(heads.etf_head, normalize=False, rotation="canonical"),
+    "cosine_head": heads.cosine_head,
+    "cosine_head-bn": partial(heads.cosine_head, neck="bn", dim=4),
+    "nn.Linear": nn.Linear,
+}
+LOSSES = {
+    "dot_regression": losses.dot_regression,
+    "dot_regression-none": partial(losses.dot_regression, balance="none"),
+    "dot_regression-global": partial(losses.dot_regression, balance="global"),
+    "dot_regression-imagenet": partial(losses.dot_regression, normalize=False, norm_penalty=0.01),
+    "logit_adjusted": losses.logit_adjusted,
+    "logit_adjusted-tau": partial(losses.logit_adjusted, tau=1.7),
+    "ldam": losses.ldam,
+}
+NOT_LOSSES = {"LossModule", "drw_weights"}
+METRICS = {
+    "agreement": metrics.agreement,
+    "brier": metrics.brier,
+    "cdnv": metrics.cdnv,
+    "duality_cosine": metrics.duality_cosine,
+    "ece": metrics.ece,
+    "equiangular": metrics.equiangular,
+    "equinorm": metrics.equinorm,
+    "gram_etf": metrics.gram_etf,
+    "min_angle": metrics.min_angle,
+    "nc1_pinv": metrics.nc1_pinv,
+    "nc1_pinv-sample": partial(metrics.nc1_pinv, weighting="sample"),
+    "nll": metrics.nll,
+    "self_duality": metrics.self_duality,
+    "trace_ratio": metrics.trace_ratio,
+    "trace_ratio-sample": partial(metrics.trace_ratio, weighting="sample"),
+    "vci": metrics.vci,
+    "vci-sample": partial(metrics.vci, weighting="sample"),
+}
+# What metrics exports beside functions with one scalar result.
+NOT_SCALAR = {
+    "Report",
+    "accuracy_by_class",
+    "classification",
+    "confusion_matrix",
+    "fit_temperature",
+    "nearest_mean",
+    "report",
+}
+
+
+def bases(table):
+    return {name.partition("-")[0] for name in table}
+
+
+def test_nothing_that_a_room_exports_is_left_out():
+    builders = {name for name in heads.__all__ if name.endswith("_head")}
+    assert builders - {"find_head", "swap_head"} == bases(HEADS) - {"nn.Linear"}
+    assert set(losses.__all__) == bases(LOSSES) | NOT_LOSSES
+    assert set(metrics.__all__) == bases(METRICS) | NOT_SCALAR
+
+
+@pytest.mark.parametrize("rotation", ["haar", "canonical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frames(rotation, dtype):
+    for K, D in [(2, 2), (10, 64), (100, 128)]:
+        options = {"rotation": rotation, "dtype": dtype}
+        check_frame(frames.simplex_etf(K, D, **options), cosine=-1 / (K - 1))
+        check_frame(frames.orthogonal_frame(K, D, **options), cosine=0.0)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_heads(name, num_classes):
+    check_head(HEADS[name], 12, num_classes)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_losses(name, num_classes):
+    check_loss(LOSSES[name], num_classes=num_classes)
+
+
+def test_loss_with_class_weights():
+    # Renumbered with the classes because it has length K.
+    loss = losses.ldam
+    check_loss(loss, class_weight=torch.tensor([1.0, 0.5, 2.0, 3.0, 0.2]).double())
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_metrics(name, num_classes):
+    check_metric(METRICS[name], num_classes=num_classes)
+
+
+def test_every_public_loss_uses_the_names_of_the_protocol():
+    names = {"features", "labels", "logits", "weight", "bias", "counts", "frame", "num_classes"}
+    for loss in (losses.dot_regression, losses.logit_adjusted, losses.ldam):
+        tensors = [
+            p.name
+            for p in inspect.signature(loss).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        assert set(tensors) <= names
+        assert all(
+            p.kind is p.KEYWORD_ONLY
+            for p in inspect.signature(loss).parameters.values()
+            if p.name not in tensors
+        )
+
+
+# --- the checks can fail ------------------------------------------------------------------------
+
+
+def test_the_error_is_both_ours_and_an_assertion():
+    assert issubclass(ConformanceError, NCError)
+    assert issubclass(ConformanceError, AssertionError)
+
+
+def test_check_frame_fails():
+    frame = frames.simplex_etf(4, 6)
+    for bad, words in [
+        (frame[0], "2-D"),
+        (frame.long(), "floating"),
+        (frame[:1], "two rows"),
+        (frame * torch.nan, "finite"),
+        (frame.clone().requires_grad_(), "no gradient"),
+        (2 * frame, "unit norm"),
+        (F.normalize(torch.randn(4, 6), dim=1), "cosine -0.333"),
+    ]:
+        with pytest.raises(ConformanceError, match=words):
+            check_frame(bad, cosine=-1 / 3)
+    with pytest.raises(ConformanceError, match="cosine 0"):
+        check_frame(frame, cosine=0.0)
+    check_frame(F.normalize(torch.randn(4, 6), dim=1))
+
+
+class Bad(nn.Module):
+    """A head that keeps the protocol until a flaw is switched on."""
+
+    def __init__(self, in_features, num_classes, flaw=""):
+        super().__init__()
+        self.in_features, self.out_features = in_features, num_classes
+        rows = torch.randn(num_classes, in_features)
+        self.flaw = flaw
+        if flaw == "moves":
+            self.register_buffer("weight", rows)
+        elif flaw == "not saved":
+            self.register_buffer("weight", rows, persistent=False)
+        else:
+            self.weight = nn.Parameter(rows.T.clone() if flaw == "transposed" else rows)
+        if flaw == "K":
+            self.out_features = in_features
+
+    def embed(self, x):
+        return x.detach() if self.flaw == "cut" else x
+
+    def logits(self, features):
+        if self.flaw == "moves":
+            self.weight.mul_(1.01)
+        if self.flaw == "half":
+            return (features @ self.weight.T).to(torch.bfloat16)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        if self.flaw == "single":
+            dtype = torch.float32
+        with torch.autocast("cpu", enabled=False):
+            return features.to(dtype) @ self.weight.T.to(dtype)
+
+    def forward(self, x):
+        if self.flaw == "nan":
+            return self.logits(self.embed(x)) * torch.nan
+        return self.logits(self.embed(x)) + (self.flaw == "forward")
+
+
+def test_check_head_fails():
+    check_head(Bad)
+    for flaw, words in {
+        "transposed": r"\[K, D\]",
+        "K": "out_features is K",
+        "cut": "gradient reaches|does not require grad",
+        "forward": r"head\.logits\(head\.embed\(x\)\)",
+        "moves": r"as it is|equals head\.logits",
+        "not saved": "state_dict",
+        "half": "equals|float",
+        "single": "float64",
+    }.items():
+        with pytest.raises((ConformanceError, RuntimeError), match=words):
+            check_head(partial(Bad, flaw=flaw))
+    with pytest.raises(ConformanceError, match="weight, embed and logits"):
+        check_head(lambda i, k: nn.Sequential(nn.Linear(i, k)))
+
+
+def cross_entropy(logits, labels, *, flaw=""):
+    if flaw == "mutates":
+        logits.data.clamp_(max=0.1)
+    if flaw == "zeroes ignored":
+        return F.cross_entropy(logits, labels.clamp(min=0))
+    if flaw == "vector":
+        return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    if labels.is_floating_point() or labels.ndim != 1 or len(labels) != len(logits):
+        raise InputError("labels")
+    if flaw != "range" and labels.max() >= logits.shape[1]:
+        raise InputError("labels")
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if flaw == "half":
+        z = logits.to(torch.bfloat16)
+    if flaw == "order":
+        z = z + torch.arange(z.shape[1])
+    if flaw == "position":
+        z = z * torch.linspace(1, 2, len(z))[:, None]
+    loss = F.cross_entropy(z, labels.clamp(min=-1), ignore_index=-1)
+    if flaw == "single":
+        loss = loss.float()
+    if flaw == "one class":
+        loss = loss / labels.double().std()
+    return loss
+
+
+def test_check_loss_fails():
+    check_loss(cross_entropy)
+    for flaw, words in {
+        "mutates": "leaves its inputs",
+        "zeroes ignored": "Negative labels do not count",
+        "vector": "scalar",
+        "order": "numbering of the classes",
+        "position": "order of the samples",
+        "single": "float64",
+        "one class": "one class.*finite|Negative|numbering",
+        "half": "at least float32",
+        "range": "≥ K raise InputError",
+    }.items():
+        with pytest.raises(ConformanceError, match=words):
+            check_loss(partial(cross_entropy, flaw=flaw))
+    with pytest.raises(ConformanceError, match="takes labels"):
+        check_loss(lambda features: features.mean())
+    with pytest.raises(InputError, match="needs 'teacher'"):
+        check_loss(lambda labels, teacher: teacher.mean())
+
+
+def zero_means(stats):
+    """What a peer does: a class without samples counts as a mean at the origin."""
+    M = stats.means.nan_to_num()
+    return (M - M.mean(0)).square().sum(1).mean()
+
+
+def test_check_metric_fails():
+    for metric, words in [
+        (lambda stats: 1.0, "scalar tensor"),
+        (lambda stats: stats.counts.sum(), "finite float"),
+        (lambda rows: rows[0].norm(), "numbering of the classes"),
+        (lambda features: features[0].norm(), "order of the samples"),
+        (lambda features: features.mul_(2).sum(), "leaves its inputs"),
+        (zero_means, "without samples"),
+        (lambda stats: stats.global_mean().norm(), "shift"),
+        (lambda stats: stats.trace.sum() / 0, "finite"),
+    ]:
+        with pytest.raises(ConformanceError, match=words):
+            check_metric(metric)

@@ -1,0 +1,73 @@
+"""The snippets of the design that belong to the foundation, as they stand."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ncmethods import heads, losses, metrics
+from ncmethods.features import FeatureSet, accumulate, capture, extract
+from ncmethods.stats import ClassStats
+
+torchvision = pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 32, 32)
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([0, 3, 9, 3])
+
+
+def test_1a_swap_a_head_and_keep_your_loop(x, y):
+    net = torchvision.models.resnet18(num_classes=10)
+    net = heads.swap_head(net, heads.etf_head)
+    F.cross_entropy(net(x), y).backward()
+    with capture(net) as seen:
+        net(x)
+    assert seen.features.shape == (4, 512)
+    assert net.conv1.weight.grad.abs().sum() > 0
+    assert isinstance(net.fc, heads.FixedHead)
+    torch.testing.assert_close(net.fc.logits(seen.features), net(x), rtol=1e-4, atol=1e-4)
+
+    net = torchvision.models.resnet18(num_classes=10)
+    assert heads.swap_head(net, heads.etf_head(512, 10)) is net
+    assert net(x).shape == (4, 10)
+
+
+def test_1b_and_2_features_and_logits_then_measure(x, y):
+    model = heads.Classifier.from_model(
+        torchvision.models.resnet18(), head=heads.etf_head(512, 10)
+    )
+    out = model(x)
+    loss = losses.dot_regression(out.features, y, model.head.weight, balance="batch")
+    loss.backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+    stats = ClassStats(num_classes=10, dim=512)
+    stats.update(out.features, y)
+    stats.all_reduce()
+    report = metrics.report(stats, head=model.head)
+    assert isinstance(report, dict)
+    assert all(isinstance(value, float) for value in report.values())
+    assert "NC1 pinv" in report.provenance
+    assert report["nc1/trace_ratio"] > 0
+
+    stats_a, stats_b = (
+        ClassStats(num_classes=10, dim=512).update(out.features[rows], y[rows])
+        for rows in (slice(2), slice(2, 4))
+    )
+    total = stats_a + stats_b
+    torch.testing.assert_close(total.means, stats.means, equal_nan=True)
+
+
+def test_3_first_line(x, y):
+    model = heads.Classifier.from_model(
+        torchvision.models.resnet18(), head=heads.etf_head(512, 10)
+    )
+    train = extract(model, [(x, y)], num_classes=10)
+    assert isinstance(train, FeatureSet)
+    moments = accumulate(model, [(x, y)], num_classes=10)
+    torch.testing.assert_close(train.stats.within, moments.within, rtol=0, atol=0)
