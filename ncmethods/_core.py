@@ -236,6 +236,13 @@ def bind(function: Callable[..., Tensor], available: Mapping[str, Any]) -> dict[
     return given
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Turn autocast off, on devices that have it (the meta device has not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 # --- models ------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,10 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
         hub = weights if weights and not os.path.exists(weights) else None
         try:
             model = models.get_model(leaf, weights=hub)
+        except KeyError as error:
+            raise InputError(
+                f"{hub!r} is neither a file nor the name of torchvision weights for {leaf}."
+            ) from error
         except (OSError, ValueError) as error:
             raise InputError(
                 f"Cannot get torchvision weights {hub!r} for {leaf}: {error}. "

@@ -329,6 +329,11 @@ class ClassStats(nn.Module):
                 "This ClassStats keeps no scatter (scatter=False). "
                 "Build it with scatter=True for measures that need the [D, D] matrix."
             )
+        if not bool(self._within.diagonal().isfinite().all()):
+            raise InputError(
+                "The scatter overflowed float32: features differ by more than about 1e19. "
+                "Pass them as float64, or scale them."
+            )
         return self._within.clone()
 
     def _complete(self) -> None:
@@ -706,7 +711,7 @@ def rare_classes(counts: Tensor | Iterable[int]) -> list[int]:
     """Classes that count as rare when nothing else is said.
 
     The few group (< 20 training samples) when it holds at least two classes; otherwise the rarest
-    third of the classes by rank; none when all counts are equal.
+    third of the classes by rank (at least two); none when all counts are equal or K is 2.
     """
     n = check_counts(counts)
     if bool((n == n[0]).all()):
@@ -715,4 +720,6 @@ def rare_classes(counts: Tensor | Iterable[int]) -> list[int]:
     if len(few) >= 2:
         return few
     size = max(2, len(n) // 3)
+    if size == len(n):
+        return []
     return frequency_groups(n, f"{len(n) - size}/{size}")["few"]

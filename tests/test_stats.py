@@ -119,6 +119,24 @@ def test_accuracy_in_float64(K, offset):
     assert_right(stats_of(x, y, K, batch=700), x, y, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("D", [255, 256, 301])
+def test_block_rows_of_the_symmetric_product(D, dtype):
+    """From D = 256 on only blocks on and above the diagonal are multiplied."""
+    x, y = draw(2_500, 3, D, offset=10, dtype=dtype)
+    stats = stats_of(x, y, 3)
+    bound = 2e-6 if dtype == torch.float32 else 1e-12
+    for _ in range(2):  # a read fills the lower triangle; the next update starts from there
+        assert_right(stats, x, y, bound)
+        stats.update(x, y)
+        x, y = torch.cat([x, x]), torch.cat([y, y])
+
+
+def test_long_streams_do_not_wear_out_float32():
+    x, y = draw(600_000, 4, 3, offset=10)
+    assert_right(stats_of(x, y, 4), x, y, 2e-7)
+
+
 @pytest.mark.parametrize("own_class", [True, False])
 @pytest.mark.parametrize("size", [1e4, 1e7])
 def test_outlier_in_the_first_row_costs_the_others_nothing(size, own_class):
@@ -1040,3 +1058,15 @@ def test_rare_classes():
     assert rare_classes([500, 400, 300, 200, 100, 5]) == [4, 5]  # too few: the rarest third
     assert rare_classes(torch.arange(100, 1000, 100)) == [0, 1, 2]
     assert rare_classes([900, 800, 700, 600]) == [2, 3]  # never fewer than two
+
+
+def test_finite_features_whose_squares_overflow_raise_and_pass_in_float64():
+    x = torch.tensor([[1e20, 0.0], [-1e20, 1.0], [0.0, 2.0]])
+    y = torch.tensor([0, 0, 1])
+    with pytest.raises(InputError, match="overflowed float32"):
+        ClassStats(2, 2).update(x, y).within  # noqa: B018
+    assert ClassStats(2, 2).update(x.double(), y).within[0, 0] == pytest.approx(2e40)
+
+
+def test_two_classes_have_no_rare_pair():
+    assert rare_classes([100, 5]) == []

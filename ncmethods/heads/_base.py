@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, check_choice, check_num_classes
+from ncmethods._core import InputError, check_choice, check_num_classes, no_autocast
 
 
 def make_neck(neck: str | None, in_features: int, dim: int) -> nn.Module:
@@ -53,7 +53,7 @@ def scaled_cosine(
 ) -> Tensor:
     """``scale · ⟨h, w_c⟩`` [N, K], in float32 or wider whatever autocast says."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         h, W = features.to(dtype), rows.to(dtype)
         if normalize:
             h = F.normalize(h, dim=-1)

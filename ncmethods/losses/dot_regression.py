@@ -12,6 +12,7 @@ from ncmethods._core import (
     check_counts,
     check_features,
     check_labels,
+    no_autocast,
 )
 
 __all__ = ["dot_regression"]
@@ -65,7 +66,7 @@ def dot_regression(
     labels = check_labels(labels, len(features), K)
     known = labels >= 0
     y = labels.clamp(min=0)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         h = F.normalize(features, dim=1) if normalize else features
         W = weight.detach().to(h.dtype)
         length = torch.linalg.vector_norm(h, dim=1)  # [N]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ncmethods._core import InputError, check_choice
 from ncmethods.features import FeatureSet
 
-__all__ = ["Process", "gather", "process"]
+__all__ = ["Process", "average_gradients", "gather", "process"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,22 @@ def process(device: str = "auto") -> Iterator[Process]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def average_gradients(model: nn.Module, world: int) -> None:
+    """Replace each gradient by its mean over the ranks.
+
+    One reduction in the order of the parameters. DistributedDataParallel reorders its buckets after
+    the first step: with three ranks or more, a resumed run would round its sums differently.
+    """
+    if world == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def gather(shard: FeatureSet, world: int) -> FeatureSet:

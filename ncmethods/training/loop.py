@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from ncmethods.stats import frequency_groups
 from ncmethods.tracking import Tracker
 from ncmethods.training.checkpoint import load_checkpoint, save_checkpoint
 from ncmethods.training.config import ModelConfig, TrainConfig, build_model, lr_factor
-from ncmethods.training.distributed import Process
+from ncmethods.training.distributed import Process, average_gradients
 from ncmethods.training.evaluate import Evaluation, evaluate
 from ncmethods.training.runs import read_json
 
@@ -134,7 +135,6 @@ def fit(
     )
     train, test = loader("train", train=False), loader("test", train=False)
     net = build_model(model, seed=seed).to(here.device)
-    ddp = nn.parallel.DistributedDataParallel(net) if here.world > 1 else net
     optimizer = torch.optim.SGD(
         [p for p in net.parameters() if p.requires_grad],
         lr=config.lr,
@@ -154,15 +154,6 @@ def fit(
     losses = torch.zeros(per_epoch, device=here.device)  # by step, of this rank, not yet in so_far
     so_far = float(state["loss"])  # sum of this epoch over all ranks
     row: dict[str, Any] = {}
-    tracker = Tracker(
-        out,
-        name=f"{method}-seed{seed}",
-        group=method,
-        config=record,
-        offset=int(state["offset"]),
-        enabled=here.first,
-        wandb=wandb,
-    )
 
     def everywhere() -> float:
         """Sum of the losses since the last call, mean over ranks."""
@@ -177,7 +168,19 @@ def fit(
         losses.zero_()
         return value
 
-    with tracker, _deterministic():
+    with (
+        _alone(out, here),
+        Tracker(
+            out,
+            name=f"{method}-seed{seed}",
+            group=method,
+            config=record,
+            offset=int(state["offset"]),
+            enabled=here.first,
+            wandb=wandb,
+        ) as tracker,
+        _deterministic(),
+    ):
         tracker.timing(
             {"event": "start", "step": step, "host": platform.node(), "time": time.time()}
         )
@@ -188,11 +191,12 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * lr_factor(config, step, per_epoch)
                 torch.manual_seed((seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
-                value = _loss(ddp, net, loss, batch, counts, epoch, config)
+                value = _loss(net, loss, batch, counts, epoch, config)
                 if here.device.type == "cpu" and not math.isfinite(value.item()):
                     raise _non_finite(out, net, batch, seed, epoch, step, step, here)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
+                average_gradients(net, here.world)
                 if config.clip_norm > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
                 optimizer.step()
@@ -226,7 +230,6 @@ def fit(
 
 
 def _loss(
-    ddp: nn.Module,
     net: Classifier,
     loss: Loss,
     batch: Batch,
@@ -235,9 +238,9 @@ def _loss(
     config: TrainConfig,
 ) -> Tensor:
     """Loss of one batch; labels are mixed as the images were: λ·L(y) + (1−λ)·L(y_mix)."""
-    ddp.train()
+    net.train()
     with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.device.type == "cuda"):
-        out: Output = ddp(batch.x)
+        out: Output = net(batch.x)
     head: Any = net.head
     available = {
         "features": out.features,
@@ -271,13 +274,40 @@ def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
         train["threads"] = train["threads"] or torch.get_num_threads()
         if here.first:
             write_text(path, json.dumps(record, indent=1) + "\n")
-    if here.first:
-        for left in out.glob(".*.tmp"):  # by a run that was killed while it wrote
-            left.unlink()
     if here.world > 1:
         dist.barrier()
     threads: int = train["threads"]
     return threads
+
+
+@contextmanager
+def _alone(out: Path, here: Process) -> Iterator[None]:
+    """Hold the run directory until the end: two writers would tear each other's record.
+
+    The lock ends with its process, however that ends. Ranks outlive a torchrun that is killed.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    if not here.first or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"Another process is training in {out}. Wait for it, or end it first; after "
+                "torchrun was killed, its ranks may still be running."
+            ) from error
+        for left in out.glob(".*.tmp"):  # by a run that was killed while it wrote
+            left.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_same(record: dict[str, Any], there: dict[str, Any], out: Path) -> None:

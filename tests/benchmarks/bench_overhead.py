@@ -19,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import scipy.optimize  # noqa: F401  the temperature fit imports it, once per process
 import torch
 
 from ncmethods.cli import load_recipe

@@ -38,9 +38,7 @@ def test_1a_swap_a_head_and_keep_your_loop(x, y):
 
 
 def test_1b_and_2_features_and_logits_then_measure(x, y):
-    model = heads.Classifier.from_model(
-        torchvision.models.resnet18(), head=heads.etf_head(512, 10)
-    )
+    model = heads.Classifier.from_model(torchvision.models.resnet18(), head=heads.etf_head(512, 10))
     out = model(x)
     loss = losses.dot_regression(out.features, y, model.head.weight, balance="batch")
     loss.backward()
@@ -64,9 +62,7 @@ def test_1b_and_2_features_and_logits_then_measure(x, y):
 
 
 def test_3_first_line(x, y):
-    model = heads.Classifier.from_model(
-        torchvision.models.resnet18(), head=heads.etf_head(512, 10)
-    )
+    model = heads.Classifier.from_model(torchvision.models.resnet18(), head=heads.etf_head(512, 10))
     train = extract(model, [(x, y)], num_classes=10)
     assert isinstance(train, FeatureSet)
     moments = accumulate(model, [(x, y)], num_classes=10)

@@ -134,9 +134,7 @@ def test_imagenet_form(batch):
     gap = (z * weight[labels]).sum(1) - length.detach()
     want = 0.5 * (gap.square() / length.detach()).mean() + 0.01 * length.mean()
     (want_grad,) = torch.autograd.grad(want, z)
-    loss = dot_regression(
-        z, labels, weight, balance="none", normalize=False, norm_penalty=0.01
-    )
+    loss = dot_regression(z, labels, weight, balance="none", normalize=False, norm_penalty=0.01)
     (grad,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-14)
@@ -193,7 +191,7 @@ def test_zero_features_give_finite_gradients():
 
 def test_errors(batch):
     features, labels, weight = batch
-    with pytest.raises(InputError, match="Unknown balance 'bach'.*Did you mean 'batch'"):
+    with pytest.raises(InputError, match=r"Unknown balance 'bach'.*Did you mean 'batch'"):
         dot_regression(features, labels, weight, balance="bach")
     with pytest.raises(InputError, match="needs counts"):
         dot_regression(features, labels, weight, balance="global")

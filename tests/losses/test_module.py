@@ -56,11 +56,11 @@ def test_counts_are_buffers(tensors):
 
 
 def test_wrong_names(tensors):
-    with pytest.raises(InputError, match="Unknown hyperparameter 'max_margn'.*'max_margin'"):
+    with pytest.raises(InputError, match=r"Unknown hyperparameter 'max_margn'.*'max_margin'"):
         LossModule(losses.ldam, counts=COUNTS, max_margn=0.2)
-    with pytest.raises(InputError, match="Unknown hyperparameter 'count'.*'counts'"):
+    with pytest.raises(InputError, match=r"Unknown hyperparameter 'count'.*'counts'"):
         LossModule(losses.ldam, count=COUNTS)
-    with pytest.raises(InputError, match="ldam needs 'counts'.*available: features, logits"):
+    with pytest.raises(InputError, match=r"ldam needs 'counts'.*available: features, logits"):
         LossModule(losses.ldam)(**tensors)
     with pytest.raises(InputError, match=r"\['counts'\] were fixed"):
         LossModule(losses.ldam, counts=COUNTS)(**tensors, counts=COUNTS)

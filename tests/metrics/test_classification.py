@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from sklearn.metrics import (
 
 from ncmethods import metrics
 from ncmethods._core import InputError
-from ncmethods.metrics import classification as module
 
 classification = metrics.classification
 f64 = torch.float64
@@ -138,31 +138,24 @@ def test_fit_temperature_of_perfect_logits_ends_at_a_bound():
 def test_scaled_values_never_use_their_own_half(sample, monkeypatch):
     """Each sample is divided by a temperature fitted on samples that do not include it."""
     logits, labels = sample
-    tagged = logits + torch.arange(300)[:, None] * 1e-9
-    seen = []
-    fit = module.fit_temperature
+    logits[:, 0] += torch.arange(300) * 1e-9  # every row is unlike any other
+    module = sys.modules["ncmethods.metrics.classification"]
+    fitted_on = {}
 
     def spy(z, y):
-        seen.append({float(v) for v in z[:, 0]})
-        return fit(z, y) * (1 + len(seen))
+        temperature = 2.0 + len(fitted_on)
+        fitted_on[temperature] = set(z[:, 0].tolist())
+        return temperature
 
     monkeypatch.setattr(module, "fit_temperature", spy)
-    scaled = module._cross_fitted(tagged, labels)
-    assert len(seen) == 2
-    assert not seen[0] & seen[1]
-    assert len(seen[0] | seen[1]) == 300
-    ratio = tagged / scaled
-    assert ratio.std(1).max() < 1e-9  # one temperature per sample
-    for row, (z, t) in enumerate(zip(tagged[:, 0].tolist(), ratio[:, 0].tolist())):
-        used = 0 if abs(t - ratio[0, 0]) < 1e-9 else 1
-        first = 0 if float(tagged[0, 0]) not in seen[0] else 1
-        assert (z in seen[first]) == (used != 0), row
-    counts = [
-        torch.tensor([v in s for v in tagged[:, 0].tolist()]).double() for s in seen
-    ]
-    for c in range(5):  # halves of each class
-        share = counts[0][labels == c].mean()
-        assert abs(share - 0.5) < 0.02
+    ratio = logits / module._cross_fitted(logits, labels)
+    for value, by_row in zip(logits[:, 0].tolist(), ratio):
+        torch.testing.assert_close(by_row, by_row[:1].expand(6))
+        assert value not in fitted_on[round(float(by_row[0]), 6)]
+    assert len(fitted_on[2.0] | fitted_on[3.0]) == 300
+    for c in range(5):  # the halves are stratified
+        inside = [v in fitted_on[2.0] for v in logits[labels == c, 0].tolist()]
+        assert abs(sum(inside) - len(inside) / 2) <= 0.5
 
 
 def test_scaling_mends_overconfidence(sample):

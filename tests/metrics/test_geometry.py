@@ -226,9 +226,7 @@ def test_nc1_and_vci_against_numpy(weighting, K, D):
 
 def test_weighting_matters_on_a_long_tail():
     stats = stats_of(*cloud(2, long_tail=True))
-    by_class, by_sample = (
-        metrics.nc1_pinv(stats, weighting=w).item() for w in ("class", "sample")
-    )
+    by_class, by_sample = (metrics.nc1_pinv(stats, weighting=w).item() for w in ("class", "sample"))
     assert by_sample > 2 * by_class
     with pytest.raises(InputError, match="Unknown weighting 'sampel'"):
         metrics.nc1_pinv(stats, weighting="sampel")

@@ -227,9 +227,10 @@ def test_nc4_takes_logits_from_the_samples_or_the_head(samples, head):
     assert wide["nc4/agreement"] == made["nc4/agreement"]
     with torch.no_grad():
         head.bias[0] = 100.0
-    assert metrics.report(FeatureSet(features, labels, 5), head)["nc4/agreement"] == (
-        metrics.nearest_mean(features, stats_of(features, labels).means) == 0
-    ).double().mean()
+    assert (
+        metrics.report(FeatureSet(features, labels, 5), head)["nc4/agreement"]
+        == (metrics.nearest_mean(features, stats_of(features, labels).means) == 0).double().mean()
+    )
 
 
 def test_a_collapsed_etf_head_agrees_with_itself():
@@ -243,9 +244,9 @@ def test_a_collapsed_etf_head_agrees_with_itself():
     assert out["nc4/agreement"] == out["nc4/ncc_accuracy"] == 1
     with torch.no_grad():
         head.weight.neg_()
-    assert metrics.report(FeatureSet(-3 * head.weight[labels], labels, 5), head)[
-        "nc4/agreement"
-    ] == 0
+    assert (
+        metrics.report(FeatureSet(-3 * head.weight[labels], labels, 5), head)["nc4/agreement"] == 0
+    )
 
 
 def test_ignored_labels_do_not_enter_the_accuracy(samples):

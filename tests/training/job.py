@@ -93,7 +93,7 @@ def die():
 
 
 def arm(moment, n):
-    """Die at the ``n``-th ``moment`` from now: step, write, replace, replaced, line, finish, end."""
+    """Die at the ``n``-th ``moment`` from now: step, write, replace, replaced or line."""
     left = [n]
 
     def due():
@@ -138,7 +138,7 @@ def arm(moment, n):
 
 def _life(out, moment, n, options):
     torch.set_num_threads(1)
-    if moment in ("finish", "end"):
+    if moment == "finish":
         options = options | {"finish": lambda *_: die()}
     elif moment:
         arm(moment, n)

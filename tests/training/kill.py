@@ -3,15 +3,17 @@
     python tests/training/kill.py --kills 20 --world 1
     python tests/training/kill.py --kills 20 --world 2
 
-The command is the recipe as a user starts it (torchrun with gloo for two ranks). It leads its own
-process group, which is killed as a whole: launcher and workers at once. A kill counts when the
-training had begun and had not ended. Afterwards every file that a run promises must have the same
-bytes as without kills, and no temporary file may be left.
+The command is the recipe as a user starts it (torchrun with gloo for two ranks). Launcher and ranks
+are killed together; the ranks lead process groups of their own, so they are found by the directory
+in their command line. A kill counts when the training had begun and had not ended. Afterwards every
+file that a run promises must have the same bytes as without kills, and no temporary file may be
+left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -29,9 +31,9 @@ SAME = ("config.json", "metrics.jsonl", "weights.safetensors", "evaluation.safet
 
 
 def command(out: Path, world: int, options: list[str]) -> list[str]:
-    """The recipe on fashion-mini with every augmentation, about 150 steps."""
+    """The recipe on fashion-mini with every augmentation, about 250 steps."""
     recipe = ["-m", "ncmethods", "long-tailed", "--methods", "etf-dr-balanced", "--seeds", "0"]
-    recipe += ["--train.epochs", "15", "--train.mixup", "0.2", "--train.crop", "2", "--train.flip"]
+    recipe += ["--train.epochs", "25", "--train.mixup", "0.2", "--train.crop", "2", "--train.flip"]
     recipe += ["--train.device", "cpu", "--out", str(out), *options]
     if world == 1:
         return [sys.executable, *recipe]
@@ -51,19 +53,32 @@ def start(out: Path, world: int, options: list[str], log: Path) -> subprocess.Po
             env=environment,
             stdout=file,
             stderr=file,
-            start_new_session=True,
         )
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for _ in range(200):  # the workers are not our children: wait until the group is gone
+def family(out: Path) -> list[int]:
+    """Processes with ``out`` in their command line: the launcher and the ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill(process: subprocess.Popen[bytes], out: Path) -> None:
+    """End them all, the launcher first so that it starts no other."""
+    process.kill()
+    while left := family(out):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
         time.sleep(0.01)
+    process.wait()
 
 
 def starts(run: Path) -> list[int]:
@@ -102,7 +117,7 @@ def torture(
             training = len(starts(run)) > before
             time.sleep(rng.uniform(0, longest) if training else 0)
             if process.poll() is None and not (run / "result.json").exists():
-                kill(process)
+                kill(process, where / "killed")
                 hits += [newest(run)] if training else []
                 early += not training
                 continue
@@ -130,7 +145,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=0.6, help="seconds of training per life")
+    parser.add_argument("--longest", type=float, default=1.5, help="seconds of training per life")
     parser.add_argument("options", nargs="*", help="more options of the recipe, after --")
     args = parser.parse_args()
     options = args.options or ["--train.checkpoint-steps", "3"]
