@@ -170,7 +170,9 @@ class Report:
 def report(args: Report) -> None:
     """Run ``ncmethods report``."""
     from ncmethods import tracking, viz
+    from ncmethods.training.runs import read_json
 
+    read_json(args.run / "config.json")  # or say that this is no run
     print(viz.run_page(args.run, tracking.read_rows(args.run / "metrics.jsonl")))
 
 

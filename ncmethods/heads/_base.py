@@ -56,7 +56,17 @@ def scaled_cosine(
     with no_autocast(features.device):
         h, W = features.to(dtype), rows.to(dtype)
         if normalize:
-            h = F.normalize(h, dim=-1)
+            h = _unit(h)
         if unit_rows:
-            W = F.normalize(W, dim=-1)
+            W = _unit(W)
         return scale * F.linear(h, W)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows scaled to unit norm; a zero row stays zero and gets no gradient.
+
+    ``F.normalize`` would give it one of 1e12: one dead sample behind a ReLU ends the training.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit: Tensor = x / length.masked_fill(length == 0, torch.inf)
+    return unit

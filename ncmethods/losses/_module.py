@@ -33,8 +33,10 @@ class LossModule(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], **hyper: Any) -> None:
         super().__init__()
-        for name in hyper:
-            check_choice(name, inspect.signature(function).parameters, "hyperparameter")
+        parameters = inspect.signature(function).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in hyper:
+                check_choice(name, parameters, "hyperparameter")
         self._names = [name for name, value in hyper.items() if isinstance(value, Tensor)]
         for name in self._names:
             self.register_buffer(name, hyper.pop(name))

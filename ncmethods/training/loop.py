@@ -266,7 +266,8 @@ def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
         CheckpointError: ``out`` holds a run with another configuration.
     """
     path, train = out / "config.json", record["train"]
-    if path.exists():
+    begun = (out / "result.json").exists() or any(out.glob("checkpoint-*.pt"))
+    if begun and path.exists():  # before the first checkpoint there is nothing to lose
         old = read_json(path)
         train["threads"] = train["threads"] or _flat(old).get("train.threads")
         _check_same(record, old, out)

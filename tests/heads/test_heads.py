@@ -241,6 +241,19 @@ def test_dtypes(head):
 
 
 @pytest.mark.parametrize("name", ["etf-none", "cosine"])
+def test_a_dead_sample_has_no_direction(name):
+    """All-zero features (dead ReLUs) give equal logits and no gradient, not one of 1e12."""
+    head = BUILDERS[name]()
+    x = torch.cat([torch.zeros(1, 12), torch.randn(3, 12)]).requires_grad_()
+    logits = head(x)
+    assert not logits[0].any()
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    assert not x.grad[0].any()
+    assert x.grad[1:].abs().sum() > 0
+    assert all(p.grad.abs().max() < 100 for p in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["etf-none", "cosine"])
 def test_the_product_is_float32_under_autocast(name):
     """Not only the result: bfloat16 rows would move the logits by 1e-2."""
     head = BUILDERS[name]()

@@ -25,6 +25,10 @@ def tensors():
     }
 
 
+def open_ended(logits, labels, **options):
+    return cross_entropy(logits, labels, **options)
+
+
 def foreign(logits, labels, temperature):
     return cross_entropy(logits / temperature, labels)
 
@@ -36,6 +40,7 @@ def test_it_calls_the_function_with_what_it_names(tensors):
         (losses.logit_adjusted, {"counts": COUNTS, "tau": 0.5}),
         (losses.ldam, {"counts": COUNTS, "max_margin": 0.2}),
         (foreign, {"temperature": 2.0}),
+        (open_ended, {"label_smoothing": 0.1}),
     ]:
         module = LossModule(function, **hyper)
         want = function(**bind(functools.partial(function, **hyper), tensors) | hyper)

@@ -95,6 +95,11 @@ def test_ece_closed_forms():
     logits, labels = (torch.cat(x) for x in zip(*parts))
     assert metrics.ece(logits, labels).item() == pytest.approx((0.2 + 0.2) / 2)
     assert metrics.ece(logits, labels, bins=1).item() == pytest.approx(0, abs=1e-12)
+    # Bins are (lower, upper], as in Guo et al.: confidence ¼ stands below the edge at ¼.
+    edge = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, 0.0]], dtype=f64)
+    gaps = [1 - 0.25, 0 - 0.4]
+    got = metrics.ece(edge, torch.tensor([0, 1]), bins=4).item()
+    assert got == pytest.approx((abs(gaps[0]) + abs(gaps[1])) / 2)
 
 
 def test_ece_against_a_loop(sample):

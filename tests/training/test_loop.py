@@ -1,0 +1,254 @@
+"""The loop: what it records, what it hands to losses, and how it ends when something is wrong."""
+
+import json
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from job import ALONE, CNN, CONFIG, Net, ce, contents, life, run, splits
+from torch.nn import functional as F
+
+from ncmethods import losses, training
+from ncmethods._core import CheckpointError, InputError
+from ncmethods.data import Splits
+from ncmethods.training import ModelConfig, NonFiniteLoss, build_model, load_run, loop
+from ncmethods.training.loop import _loss
+
+ETF = ModelConfig("small_cnn", 1, 4, "etf_head")
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves(tmp_path):
+    last = run(tmp_path, ETF, loss=losses.dot_regression, epochs=8, lr=0.2)
+    found = rows(tmp_path)
+    assert [row["epoch"] for row in found] == list(range(1, 9))
+    assert [row["epoch"] for row in found if "test/accuracy" in row] == [4, 8]
+    assert last == found[-1]
+    assert found[-1]["train/loss"] < 0.7 * found[0]["train/loss"]
+    assert last["test/accuracy"] > 0.5
+    assert "test/ece/scaled" in last
+    assert "test/accuracy/many_by_count" not in last
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("checkpoint")} == {
+        "config.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "weights.safetensors",
+        "evaluation.safetensors",
+        "result.json",
+    }
+
+
+def test_the_record_holds_no_clock_path_or_host(tmp_path):
+    first, second = tmp_path / "here", tmp_path / "elsewhere" / "deeper"
+    run(first)
+    run(second)
+    assert contents(first) == contents(second)
+    assert str(tmp_path) not in (first / "metrics.jsonl").read_text()
+
+
+def test_groups_and_the_rare_one(tmp_path):
+    def fit(out, groups):
+        return training.fit(CNN, ce, splits(), CONFIG, out, here=ALONE, groups=groups, wandb=False)
+
+    row = fit(tmp_path / "a", {"head": [0, 1], "tail": [2, 3]})
+    assert {"test/accuracy/head", "test/accuracy/tail", "test/accuracy/few_by_count"} <= set(row)
+    assert "train/angle/rare_means_min" in row
+    row = fit(tmp_path / "b", {"all": [0, 1, 2, 3], "none": []})
+    assert "test/accuracy/none" not in row
+
+
+def test_losses_are_bound_by_name(tmp_path):
+    seen = []
+
+    def everything(features, logits, labels, weight, bias, counts, epoch, epochs, *, scale=1.0):
+        seen.append((epoch, epochs, scale))
+        assert features.shape == (len(labels), 64)
+        assert logits.shape == (len(labels), 4)
+        assert weight.shape == (4, 64)
+        assert bias.shape == (4,)
+        assert counts.tolist() == [40, 30, 14, 8]
+        return scale * F.cross_entropy(features @ weight.T + bias, labels)
+
+    run(tmp_path, loss=partial(everything, scale=0.5))
+    assert seen == [(epoch, 4, 0.5) for epoch in range(4) for _ in range(3)]
+
+
+def test_a_loss_that_leaves_the_head_alone(tmp_path):
+    """A Linear head whose bias gets no gradient."""
+    run(tmp_path, loss=losses.dot_regression)
+    start = build_model(CNN)
+    trained = load_run(tmp_path).model
+    assert torch.equal(trained.head.bias, start.head.bias)
+
+
+def test_a_loss_that_needs_what_a_head_lacks(tmp_path):
+    def wants_bias(logits, bias):
+        return logits.sum()
+
+    with pytest.raises(InputError, match="wants_bias needs 'bias'"):
+        run(tmp_path, ETF, loss=wants_bias)
+
+    def wants_teacher(logits, teacher):
+        return logits.sum()
+
+    with pytest.raises(InputError, match=r"wants_teacher needs 'teacher'.*functools\.partial"):
+        run(tmp_path / "2", loss=wants_teacher)
+
+
+def test_mixed_labels_mix_the_losses():
+    net = build_model(CNN).train()
+    batch = training.loop.Batch(
+        torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]), torch.arange(6) % 4, 0.3
+    )
+    got = _loss(net, ce, batch, torch.ones(4), 0, CONFIG)
+    logits = net(batch.x).logits
+    want = 0.3 * F.cross_entropy(logits, batch.y) + 0.7 * F.cross_entropy(logits, batch.y_mix)
+    torch.testing.assert_close(got, want)
+
+
+def test_clip_norm_bounds_the_step(tmp_path):
+    options = {"epochs": 1, "batch_size": 92, "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0}
+
+    def moved(out, clip):
+        run(out, loss=lambda logits, labels: 100 * ce(logits, labels), clip_norm=clip, **options)
+        before, after = build_model(CNN).parameters(), load_run(out).model.parameters()
+        return float(torch.cat([(a - b).detach().flatten() for a, b in zip(before, after)]).norm())
+
+    assert moved(tmp_path / "free", 0.0) > 1
+    assert moved(tmp_path / "clipped", 0.01) == pytest.approx(0.01, rel=1e-3)
+
+
+# --- losses that are not finite -------------------------------------------------------------------
+
+
+def nan_at(step):
+    calls = iter(range(1000))
+
+    def loss(logits, labels):
+        value = ce(logits, labels)
+        return value * (math.nan if next(calls) == step else 1)
+
+    return loss
+
+
+def test_a_nan_names_its_step_and_leaves_what_is_needed(tmp_path):
+    def broken(logits, labels, weight):
+        distance = 0.3 - (weight - begin).norm()
+        return ce(logits, labels) + 0 * distance.sqrt()
+
+    begin = build_model(CNN).head.weight.detach()
+    with pytest.raises(NonFiniteLoss, match=r"at step \d+ \(epoch \d\).*Lower the learning") as e:
+        run(tmp_path, loss=broken, lr=2.0)
+    [dump] = tmp_path.glob("nonfinite-*.pt")
+    assert str(dump) in str(e.value)
+    state = torch.load(dump, weights_only=True)
+    assert f"step {state['step']} (epoch {state['epoch'] + 1})" in str(e.value)
+    assert state["model_step"] == state["step"]
+    net = build_model(CNN)
+    net.load_state_dict(state["model"])
+    net.train()
+    x, y, _, _ = state["batch"]
+    assert not torch.isfinite(broken(net(x).logits, y, net.head.weight))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_nan_off_the_cpu_is_found_when_losses_are_summed(tmp_path, monkeypatch):
+    """As on accelerators: nobody looks at every step, yet the first bad one is named."""
+
+    class Blind:
+        def __getattr__(self, name):
+            return getattr(math, name)
+
+        isfinite = staticmethod(lambda value: True)
+
+    monkeypatch.setattr(loop, "math", Blind())
+    with pytest.raises(NonFiniteLoss, match=r"at step 4 \(epoch 2\).*weights at step 6"):
+        run(tmp_path, loss=nan_at(4), checkpoint_steps=0)
+    state = torch.load(tmp_path / "nonfinite-step4-rank0.pt", weights_only=True)
+    loaders = loop.DeviceLoader(splits().train, 32)
+    assert torch.equal(state["batch"][0], list(loaders.epoch(1))[1].x)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_started_again_after_a_nan_it_goes_on_from_the_checkpoint(tmp_path):
+    whole = tmp_path / "whole"
+    run(whole)
+    with pytest.raises(NonFiniteLoss, match="at step 7"):
+        run(tmp_path / "nan", loss=nan_at(7))
+    run(tmp_path / "nan")
+    assert contents(tmp_path / "nan") == contents(whole)
+
+
+# --- W&B and other things that fail ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["no package", "no directory"])
+def test_wandb_never_ends_training(tmp_path, monkeypatch, caplog, how):
+    if how == "no package":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        (tmp_path / "wandb").write_text("a file where W&B wants a directory")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with caplog.at_level("WARNING", "ncmethods"):
+        run(tmp_path, wandb=True)
+    assert "W&B is off" in caplog.text or how == "no directory"
+    run(tmp_path / "without")
+    assert contents(tmp_path) == contents(tmp_path / "without")
+
+
+def test_finish_that_fails_can_be_had_again(tmp_path):
+    def broken(tracker, directory):
+        raise InputError("no report today")
+
+    with pytest.raises(InputError, match="no report today"):
+        run(tmp_path, finish=broken)
+    assert not (tmp_path / "result.json").exists()
+    calls = []
+    run(tmp_path, finish=lambda tracker, directory: calls.append(directory))
+    assert calls == [tmp_path]
+
+
+def test_two_processes_in_one_directory(tmp_path):
+    def second(tracker, directory):
+        with pytest.raises(RuntimeError, match="exit code 1"):
+            life(tmp_path)
+
+    run(tmp_path, finish=second)
+    assert life(tmp_path)
+    with (
+        loop._alone(tmp_path, ALONE),
+        pytest.raises(CheckpointError, match="Another process is training in"),
+        loop._alone(tmp_path, ALONE),
+    ):
+        pass
+
+
+def test_too_few_images(tmp_path):
+    data = splits()
+    one = Splits(data.train.subset(torch.tensor([0])), data.test, "one")
+    with pytest.raises(InputError, match="at least 2 images"):
+        training.fit(CNN, ce, one, CONFIG, tmp_path, here=ALONE, wandb=False)
+
+
+def test_deterministic_mode_is_left_as_it_was(tmp_path):
+    assert not torch.are_deterministic_algorithms_enabled()
+    run(tmp_path)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_tied_weights_can_be_saved(tmp_path, monkeypatch):
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.again = self.head
+
+    import job
+
+    monkeypatch.setattr(job, "plain_net", Tied)
+    run(tmp_path, ModelConfig("job:plain_net", 1, 4))
+    assert load_run(tmp_path).model
