@@ -200,7 +200,7 @@ def copy(args: Copy) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command."""
-    sys.path.insert(0, str(Path.cwd()))  # package.module:factory of the user, as python -m has it
+    sys.path.append(str(Path.cwd()))  # where a user keeps package.module:factory
     long_tailed = load_recipe("long_tailed")
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
         "long-tailed": (long_tailed.LongTailed, long_tailed.main),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,33 +86,35 @@ def main(config: LongTailed) -> None:
         raise InputError("There is nothing to train: name at least one method and one seed.")
     for name in config.methods:
         check_choice(name, METHODS, "method")
-    tail = config.data.load()
-    counts, channels = data.class_counts(tail.train), tail.train.images.shape[1]
+    load = cache(data.TailConfig.load)
+    tails = [config.data.drawn(seed) for seed in config.seeds]
+    train = load(tails[0]).train
+    counts, channels = data.class_counts(train), train.images.shape[1]
     groups = frequency_groups(counts, config.data.groups)
-    jobs = [(name, METHODS[name], config.data, tail) for name in config.methods]
+    jobs = [(name, METHODS[name], tails) for name in config.methods]
     if config.control:
-        each = len(tail.train) // tail.train.num_classes
-        even = replace(config.data, profile="balanced", n_max=each)
-        jobs.append((CONTROL, METHODS["ce"], even, even.load()))
+        each = len(train) // train.num_classes
+        even = [replace(tail, profile="balanced", n_max=each) for tail in tails]
+        jobs.append((CONTROL, METHODS["ce"], even))
 
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in jobs}
     with process(config.train.device) as here:
         if here.first:
             print(f"{config.data.name}: {counts.tolist()} training images per class")
             print("groups: " + ", ".join(f"{name} {of}" for name, of in groups.items()))
-        for name, method, tail_config, splits in jobs:
-            for seed in config.seeds:
+        for name, method, tails in jobs:
+            for seed, tail in zip(config.seeds, tails):
                 spec = ModelConfig(config.backbone, channels, len(counts), method.head)
                 row = fit(
                     spec,
                     method.loss,
-                    splits,
+                    load(tail),
                     config.train,
                     config.out / name / f"seed{seed}",
                     here=here,
                     seed=seed,
                     method=name,
-                    data=tail_config.record(),
+                    data=tail.record(),
                     groups=groups,
                     wandb=config.wandb,
                     finish=finish,

@@ -199,6 +199,10 @@ def test_report_of_what_is_no_run(capsys, run, tmp_path):
     code, _, err = ends(capsys, "report", tmp_path)
     assert code == 2
     assert "is not a run directory" in err
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    code, _, err = ends(capsys, "report", tmp_path)
+    assert code == 2
+    assert "has not finished" in err
 
 
 def test_extract_a_run(capsys, run, tmp_path):

@@ -237,8 +237,12 @@ class TailConfig:
     """Where the files are, if not in the usual places."""
     size: int | None = None
     """Resize images to this many pixels."""
-    seed: int = 0
-    """Of the choice of images; the same for every run."""
+    seed: int | None = None
+    """Of the choice of images, the same for all runs; None draws them anew with each run's seed."""
+
+    def drawn(self, seed: int) -> TailConfig:
+        """This tail for a run with ``seed``, which chooses the images unless their own is set."""
+        return self if self.seed is not None else replace(self, seed=seed)
 
     def load(self) -> Splits:
         """The long-tailed training set and the whole test set.
@@ -253,7 +257,7 @@ class TailConfig:
             profile=self.profile,
             n_max=self.n_max,
             order=self.order,
-            seed=self.seed,
+            seed=self.seed or 0,
         )
 
     def record(self) -> dict[str, Any]:

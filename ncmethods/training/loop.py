@@ -79,7 +79,8 @@ def fit(
         The last row of metrics.jsonl: accuracy and geometry after training.
 
     Raises:
-        CheckpointError: ``out`` holds another configuration, or only damaged checkpoints.
+        CheckpointError: ``out`` holds another configuration or only damaged checkpoints, or
+            another process is training there.
         NonFiniteLoss: the loss is NaN or infinite.
     """
     counts = class_counts(splits.train)

@@ -196,7 +196,8 @@ def test_wandb_never_ends_training(tmp_path, monkeypatch, caplog, how):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with caplog.at_level("WARNING", "ncmethods"):
         run(tmp_path, wandb=True)
-    assert "W&B is off" in caplog.text or how == "no directory"
+    if how == "no package":  # W&B itself finds another place where it cannot have its directory
+        assert "W&B is off" in caplog.text
     run(tmp_path / "without")
     assert contents(tmp_path) == contents(tmp_path / "without")
 
