@@ -30,9 +30,9 @@ from ncmethods._core import (
 
 __all__ = ["ClassStats", "frequency_groups", "rare_classes"]
 
-_CHUNK = 2048  # rows gathered before they are summed
+_CHUNK = 4096  # rows gathered before they are summed, fewer above D = 1024
 _FLUSH = 8192  # rows summed in float32 before they join the float64 state
-_BLOCKS = 4  # block rows of the symmetric product: 10 of 16 blocks are computed
+_BLOCKS = 8  # block rows of the symmetric product: 36 of 64 blocks are computed
 # A negative remainder up to this share of a class's trace is rounding of float32 features (2e-6 on
 # each side of the minus); a larger one means that the part was never in the whole.
 _CANCEL = 1e-5
@@ -155,14 +155,16 @@ class ClassStats(nn.Module):
             self._drain()
         if self._stage is None:
             device = self._counts.device
-            rows = torch.empty(2, _CHUNK, self.dim, dtype=features.dtype, device=device)
-            self._stage = (rows, torch.empty(_CHUNK, dtype=torch.int64, device=device))
-        size = min(len(features), _CHUNK - self._staged)
+            size = min(_CHUNK, max(256, _CHUNK * 1024 // self.dim))
+            rows = torch.empty(2, size, self.dim, dtype=features.dtype, device=device)
+            self._stage = (rows, torch.empty(size, dtype=torch.int64, device=device))
+        room = len(self._stage[1]) - self._staged
+        size = min(len(features), room)
         x, y = self._stage[0][0], self._stage[1]
         x[self._staged : self._staged + size].copy_(features[:size])
         y[self._staged : self._staged + size].copy_(labels[:size])
         self._staged += size
-        if self._staged == _CHUNK:
+        if size == room:
             self._sum_stage()
         return features[size:], labels[size:]
 

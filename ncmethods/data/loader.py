@@ -90,9 +90,10 @@ class DeviceLoader:
         world: int = 1,
     ) -> None:
         _, C, H, W = data.images.shape
-        measured = channel_stats(data)
-        self.mean = list(measured[0] if mean is None else mean)
-        self.std = list(measured[1] if std is None else std)
+        if mean is None or std is None:
+            measured = channel_stats(data)
+            mean, std = mean or measured[0], std or measured[1]
+        self.mean, self.std = list(mean), list(std)
         if not len(self.mean) == len(self.std) == C or min(self.std) <= 0:
             raise InputError(
                 f"mean and std must have one value per channel ({C}), std > 0, got mean "

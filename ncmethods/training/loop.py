@@ -267,9 +267,12 @@ def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
         CheckpointError: ``out`` holds a run with another configuration.
     """
     path, train = out / "config.json", record["train"]
-    begun = (out / "result.json").exists() or any(out.glob("checkpoint-*.pt"))
+    finished = (out / "result.json").exists()
+    begun = finished or any(out.glob("checkpoint-*.pt"))
     if begun and path.exists():  # before the first checkpoint there is nothing to lose
         old = read_json(path)
+        if finished:  # a result stays one after an upgrade; only a resume needs the same version
+            old["ncmethods"] = record["ncmethods"]
         train["threads"] = train["threads"] or _flat(old).get("train.threads")
         _check_same(record, old, out)
     else:
