@@ -16,7 +16,8 @@ from ncmethods.heads import Classifier
 
 __all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
 
-HEADS = ("linear", "cosine_head", "etf_head")
+_NOT_BUILDERS = ("find_head", "swap_head")
+HEADS = ("linear", *(n for n in heads.__all__ if n.endswith("_head") and n not in _NOT_BUILDERS))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def nc_curves(
             f"none. The rows hold: {', '.join(held) or 'nothing'}."
         )
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     prefixed = [p for p in prefixes if any(p == q for s in found.values() for _, q in s)]
     names = list(runs) if len(runs) > 1 else prefixed
@@ -104,6 +105,10 @@ def nc_curves(
                 axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         if any(v > 0 for points in series.values() for values in points.values() for v in values):
             axes.set_yscale(scale)
+            if scale == "log":  # 1, 2, 5, 10 …: labels of every digit would overlap
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{title}\n{unit}", fontsize=SMALL, color=INK, loc="left")
         axes.set_xlabel("epoch", fontsize=SMALL, color=INK)
         axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
@@ -260,7 +265,7 @@ def comparison(
         axes.set_ylim(len(results) - 0.5, -0.5)
         names = list(results) if i % 2 == 0 else [""] * len(results)
         axes.set_yticks(range(len(results)), names, fontsize=SMALL)
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         axes.set_title(title, fontsize=SMALL, color=INK, loc="left")
     return figure
 
