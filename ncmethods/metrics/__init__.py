@@ -9,32 +9,78 @@ from ncmethods.metrics.classification import (
     fit_temperature,
     nll,
 )
+from ncmethods.metrics.generalization import scatter_about, strong_test_nc1, weak_test_nc1
+from ncmethods.metrics.layerwise import effective_depth, separation_law
+from ncmethods.metrics.margin import one_vs_rest_margin
 from ncmethods.metrics.nc1 import cdnv, nc1_pinv, trace_ratio, vci
-from ncmethods.metrics.nc2 import equiangular, equinorm, gram_etf, min_angle
-from ncmethods.metrics.nc3 import duality_cosine, self_duality
+from ncmethods.metrics.nc2 import (
+    angles,
+    equiangular,
+    equinorm,
+    gram_distance,
+    gram_etf,
+    min_angle,
+    seli,
+)
+from ncmethods.metrics.nc3 import (
+    bias_duality,
+    duality_cosine,
+    duality_spread,
+    product_duality,
+    self_duality,
+)
 from ncmethods.metrics.nc4 import agreement, nearest_mean
+from ncmethods.metrics.nc5 import nc5
+from ncmethods.metrics.ranks import (
+    effective_rank,
+    nuclear_rank,
+    participation_ratio,
+    stable_rank,
+    threshold_rank,
+)
 from ncmethods.metrics.report import Report, report
+from ncmethods.metrics.uniformity import log_energy, riesz_energy
 
 __all__ = [
     "Report",
     "accuracy_by_class",
     "agreement",
+    "angles",
+    "bias_duality",
     "brier",
     "cdnv",
     "classification",
     "confusion_matrix",
     "duality_cosine",
+    "duality_spread",
     "ece",
+    "effective_depth",
+    "effective_rank",
     "equiangular",
     "equinorm",
     "fit_temperature",
+    "gram_distance",
     "gram_etf",
+    "log_energy",
     "min_angle",
     "nc1_pinv",
+    "nc5",
     "nearest_mean",
     "nll",
+    "nuclear_rank",
+    "one_vs_rest_margin",
+    "participation_ratio",
+    "product_duality",
     "report",
+    "riesz_energy",
+    "scatter_about",
     "self_duality",
+    "seli",
+    "separation_law",
+    "stable_rank",
+    "strong_test_nc1",
+    "threshold_rank",
     "trace_ratio",
     "vci",
+    "weak_test_nc1",
 ]

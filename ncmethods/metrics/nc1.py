@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ncmethods._core import InputError
 from ncmethods._linalg import trace_pinv_product, truncated_svd
+from ncmethods.metrics._tiles import TILE, squared_distances
 from ncmethods.stats import ClassStats
 
 __all__ = ["cdnv", "nc1_pinv", "nc1_terms", "trace_ratio", "vci"]
@@ -98,8 +99,12 @@ def cdnv(stats: ClassStats) -> Tensor:
     K = len(M)
     if K < 2:
         raise InputError(f"CDNV compares classes: at least two need samples, got {K}.")
-    square = torch.cdist(M, M, compute_mode="donot_use_mm_for_euclid_dist").square()
-    closeness = square.fill_diagonal_(torch.inf).reciprocal().sum(1)  # Σ_j 1/‖μ_i − μ_j‖²
+    closeness = torch.cat(
+        [
+            squared_distances(M[i : i + TILE], M, i).reciprocal().sum(1)  # Σ_j 1/‖μ_i − μ_j‖²
+            for i in range(0, K, TILE)
+        ]
+    )
     return (v @ closeness) / (K * (K - 1))
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods._core import InputError
 
-__all__ = ["duality_cosine", "self_duality"]
+__all__ = [
+    "bias_duality",
+    "duality_cosine",
+    "duality_spread",
+    "product_duality",
+    "self_duality",
+]
 
 
 def _pair(weight: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,3 +57,56 @@ def duality_cosine(weight: Tensor, means: Tensor) -> Tensor:
     """
     W, M = _pair(weight, means)
     return (1 - F.cosine_similarity(W, M, dim=1)).mean()
+
+
+def duality_spread(weight: Tensor, means: Tensor) -> Tensor:
+    """Variance over classes of cos(w_c, μ_c − μ_G), []: 0 when all pairs agree alike.
+
+    Args:
+        weight: classifier rows [K, D].
+        means: centred class means [K, D].
+
+    References:
+        Wu, Papyan 2024, arXiv:2405.17767 (UNC3, on cosines instead of products).
+    """
+    W, M = _pair(weight, means)
+    return F.cosine_similarity(W, M, dim=1).var(correction=0)
+
+
+def product_duality(weight: Tensor, means: Tensor) -> Tensor:
+    """‖W Mᵀ/‖W Mᵀ‖_F − E/‖E‖_F‖_F with E = I − 11ᵀ/K, [], in [0, 2].
+
+    Also 0 for W and M that differ by an invertible map and its inverse transpose, where
+    :func:`self_duality` is not.
+
+    Args:
+        weight: classifier rows [K, D].
+        means: centred class means [K, D].
+
+    References:
+        Zhu et al. 2021, arXiv:2105.02375 (measure of NC3).
+    """
+    W, M = _pair(weight, means)
+    K = len(W)
+    P = W @ M.T
+    E = (torch.eye(K, dtype=P.dtype, device=P.device) - 1 / K) / math.sqrt(K - 1)
+    distance: Tensor = torch.linalg.matrix_norm(P / torch.linalg.matrix_norm(P) - E)
+    return distance
+
+
+def bias_duality(weight: Tensor, bias: Tensor | None, global_mean: Tensor) -> Tensor:
+    """‖W μ_G + b‖₂, []: 0 when the bias takes the global mean out of the decision.
+
+    Args:
+        weight: classifier rows [K, D].
+        bias: [K], or None for no bias.
+        global_mean: [D], of the features.
+
+    References:
+        Zhu et al. 2021, arXiv:2105.02375 (bias collapse).
+    """
+    shift = weight.detach().double() @ global_mean.to(weight.device).double()
+    if bias is not None:
+        shift = shift + bias.detach().double()
+    norm: Tensor = torch.linalg.vector_norm(shift)
+    return norm
