@@ -9,9 +9,16 @@ from ncmethods.metrics.classification import (
     fit_temperature,
     nll,
 )
+from ncmethods.metrics.debiased import (
+    debiased_angle,
+    debiased_cdnv,
+    debiased_nc1,
+    debiased_trace_ratio,
+)
 from ncmethods.metrics.generalization import scatter_about, strong_test_nc1, weak_test_nc1
 from ncmethods.metrics.layerwise import effective_depth, separation_law
 from ncmethods.metrics.margin import one_vs_rest_margin
+from ncmethods.metrics.monitor import Monitor
 from ncmethods.metrics.nc1 import cdnv, nc1_pinv, trace_ratio, vci
 from ncmethods.metrics.nc2 import (
     angles,
@@ -42,6 +49,7 @@ from ncmethods.metrics.report import Report, report
 from ncmethods.metrics.uniformity import log_energy, riesz_energy
 
 __all__ = [
+    "Monitor",
     "Report",
     "accuracy_by_class",
     "agreement",
@@ -51,6 +59,10 @@ __all__ = [
     "cdnv",
     "classification",
     "confusion_matrix",
+    "debiased_angle",
+    "debiased_cdnv",
+    "debiased_nc1",
+    "debiased_trace_ratio",
     "duality_cosine",
     "duality_spread",
     "ece",

@@ -63,10 +63,15 @@ METRICS = {
 }
 # What metrics exports beside functions of the usual names with one scalar result.
 NOT_SCALAR = {
+    "Monitor",
     "Report",
     "accuracy_by_class",
     "angles",
     "bias_duality",
+    "debiased_angle",
+    "debiased_cdnv",
+    "debiased_nc1",
+    "debiased_trace_ratio",
     "effective_depth",
     "effective_rank",
     "gram_distance",
