@@ -263,15 +263,25 @@ def is_head(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("weight", "embed", "logits"))
 
 
+def check_head(head: nn.Module) -> nn.Module:
+    """Return ``head`` if it is an ``nn.Linear`` or follows the Head protocol."""
+    if not (is_head(head) or isinstance(head, nn.Linear)):
+        raise InputError(
+            "head must be an nn.Linear or have weight, embed and logits, got "
+            f"{type(head).__name__}."
+        )
+    return head
+
+
 def logits_of(head: nn.Module, features: Tensor) -> Tensor:
     """Logits [N, K] of ``features`` [N, D], the head's input after its neck."""
-    if is_head(head):
-        return head.logits(features)  # type: ignore[operator,no-any-return]
-    if isinstance(head, nn.Linear):
-        return head(features)  # type: ignore[no-any-return]
-    raise InputError(
-        f"head must be an nn.Linear or have weight, embed and logits, got {type(head).__name__}."
-    )
+    logits: Tensor = head.logits(features) if is_head(check_head(head)) else head(features)  # type: ignore[operator]
+    return logits
+
+
+def main_output(out: Any) -> Any:
+    """What matters of a model's output: its ``.logits``, or the first element of a tuple."""
+    return getattr(out, "logits", out[0] if isinstance(out, (tuple, list)) else out)
 
 
 class Found(NamedTuple):

@@ -29,6 +29,7 @@ from ncmethods._core import (
     check_num_classes,
     find_head,
     is_head,
+    main_output,
     unwrap,
 )
 from ncmethods.stats import ClassStats
@@ -158,6 +159,10 @@ class Captured:
                 "and check that its forward reaches the head (name='…' picks another layer)."
             )
         return self._features
+
+    def forget(self) -> None:
+        """Let go of the last forward pass, so that ``features`` needs a new one."""
+        self._features = None
 
 
 @contextmanager
@@ -342,7 +347,7 @@ def _gives_output(model: nn.Module) -> bool:
 
 def _logits(out: Any) -> Tensor:
     """The logits of a foreign model's output: ``.logits``, or the first element."""
-    logits = getattr(out, "logits", out[0] if isinstance(out, (tuple, list)) else out)
+    logits = main_output(out)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise InputError(
             f"The model must return logits [N, K], an object with .logits, or a tuple that begins "

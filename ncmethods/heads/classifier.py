@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ncmethods._core import InputError, Output, find_head, is_head, logits_of, unwrap
+from ncmethods._core import (
+    InputError,
+    Output,
+    check_head,
+    find_head,
+    is_head,
+    logits_of,
+    main_output,
+    unwrap,
+)
 from ncmethods.heads.swap import HeadLike, build_head, warn_relu
 
 __all__ = ["Classifier"]
@@ -24,12 +33,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        if not (is_head(head) or isinstance(head, nn.Linear)):
-            raise InputError(
-                "head must be an nn.Linear or have weight, embed and logits, got "
-                f"{type(head).__name__}."
-            )
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head = backbone, check_head(head)
 
     def forward(self, x: Any) -> Output:
         """Features after the head's neck, and logits.
@@ -37,8 +41,7 @@ class Classifier(nn.Module):
         Raises:
             InputError: the backbone returns something else than [N, in_features].
         """
-        out = self.backbone(x)
-        out = getattr(out, "logits", out[0] if isinstance(out, (tuple, list)) else out)
+        out = main_output(self.backbone(x))
         if not isinstance(out, Tensor) or out.ndim != 2:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(

@@ -25,6 +25,20 @@ def pair_sum(rows: Tensor, f: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor
     return total
 
 
+def closeness(rows: Tensor, error: Tensor) -> Tensor:
+    """Σ_{j≠i} 1/(‖r_i − r_j‖² − e_i − e_j) for every row, [K]; NaN where a difference is negative.
+
+    Args:
+        rows: [K, D].
+        error: e [K], the expected squared error of each row.
+    """
+    parts = []
+    for i in range(0, len(rows), TILE):
+        square = squared_distances(rows[i : i + TILE], rows, i) - error[i : i + TILE, None] - error
+        parts.append(square.masked_fill_(square < 0, torch.nan).reciprocal_().sum(1))
+    return torch.cat(parts)
+
+
 def squared_distances(block: Tensor, rows: Tensor, start: int) -> Tensor:
     """‖block_i − rows_j‖² [T, K], exact for near neighbours; +∞ on the diagonal.
 

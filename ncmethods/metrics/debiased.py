@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ncmethods._core import InputError
-from ncmethods.metrics._tiles import TILE, squared_distances
+from ncmethods.metrics._tiles import closeness
 from ncmethods.stats import ClassStats
 
 __all__ = ["debiased_angle", "debiased_cdnv", "debiased_nc1", "debiased_trace_ratio"]
@@ -47,13 +47,8 @@ def debiased_cdnv(stats: ClassStats) -> Tensor:
     active = stats.active
     M, v, e = stats.centered_means()[active], _variances(stats)[active], _mean_error(stats)[active]
     K = len(M)
-    total = M.new_zeros(())
-    for i in range(0, K, TILE):
-        square = squared_distances(M[i : i + TILE], M, i) - e[i : i + TILE, None] - e
-        if bool((square <= 0).any()):
-            return M.new_tensor(torch.nan)
-        total = total + v[i : i + TILE] @ square.reciprocal().sum(1)
-    return total / (K * (K - 1))
+    value = (v @ closeness(M, e)) / (K * (K - 1))
+    return torch.where(value.isfinite(), value, torch.nan)
 
 
 def debiased_nc1(stats: ClassStats) -> Tensor:

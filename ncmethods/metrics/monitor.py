@@ -100,7 +100,7 @@ class Monitor:
             raise InputError("Use the monitor as a context manager: with Monitor(...) as monitor.")
         if "head" in self.layers:
             self._outputs["head"] = self._seen.features
-            self._seen._features = None
+            self._seen.forget()
         missing = [layer for layer in self.layers if layer not in self._outputs]
         if missing:
             raise InputError(

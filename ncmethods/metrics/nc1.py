@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncmethods._core import InputError
 from ncmethods._linalg import trace_pinv_product, truncated_svd
-from ncmethods.metrics._tiles import TILE, squared_distances
+from ncmethods.metrics._tiles import closeness
 from ncmethods.stats import ClassStats
 
 __all__ = ["cdnv", "nc1_pinv", "nc1_terms", "trace_ratio", "vci"]
@@ -99,13 +99,7 @@ def cdnv(stats: ClassStats) -> Tensor:
     K = len(M)
     if K < 2:
         raise InputError(f"CDNV compares classes: at least two need samples, got {K}.")
-    closeness = torch.cat(
-        [
-            squared_distances(M[i : i + TILE], M, i).reciprocal().sum(1)  # Σ_j 1/‖μ_i − μ_j‖²
-            for i in range(0, K, TILE)
-        ]
-    )
-    return (v @ closeness) / (K * (K - 1))
+    return (v @ closeness(M, torch.zeros_like(v))) / (K * (K - 1))
 
 
 def vci(stats: ClassStats, *, weighting: str = "class") -> Tensor:

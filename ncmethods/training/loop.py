@@ -210,13 +210,15 @@ def fit(
             row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"]}
             row["train/loss"] = so_far / per_epoch
             so_far = 0.0
-            seconds = {"epoch": epoch + 1, "seconds": time.perf_counter() - began}
+            trained = time.perf_counter()
+            seconds = {"epoch": epoch + 1, "seconds": trained - began}
             if config.measured(epoch + 1):
                 measured = evaluate(net, train, test)
-                seconds["forward"] = time.perf_counter() - began - seconds["seconds"]
+                evaluated = time.perf_counter()
                 if here.first:
                     row |= measured.row(counts, scored, rare, scaled=step == total)
-                seconds["measure"] = time.perf_counter() - began - sum(list(seconds.values())[1:])
+                seconds["forward"] = evaluated - trained
+                seconds["measure"] = time.perf_counter() - evaluated
             tracker.log(row)
             tracker.timing(seconds)
             if step == total and here.first:

@@ -28,7 +28,7 @@ def random_rows(K, D, seed=0):
 @pytest.fixture(params=[3, 2048])
 def tile(request, monkeypatch):
     """Every walk over pairs, in one block and in many."""
-    for module in (_tiles, metrics.nc1, metrics.nc2, metrics.uniformity):
+    for module in (_tiles, metrics.nc2, metrics.uniformity):
         monkeypatch.setattr(module, "TILE", request.param)
     return request.param
 
