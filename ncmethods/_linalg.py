@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A Gram or Cholesky factor squares the condition; it serves while the squares span less than this.
+_SAFE = 1e-8
+
 
 def truncated_svd(matrix: Tensor, rank: int, size: float = 0.0) -> tuple[Tensor, Tensor]:
     """Leading singular values [r] and right singular vectors [r, D] of ``matrix`` [K, D].
@@ -12,19 +15,46 @@ def truncated_svd(matrix: Tensor, rank: int, size: float = 0.0) -> tuple[Tensor,
     ``r`` is ``rank``, or less where singular values fall under max(K, D)·eps of the largest, or of
     ``size``, that of the entries before they were centred.
     """
-    _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    S, Vh = _leading(matrix, rank)
     floor = max(matrix.shape) * torch.finfo(S.dtype).eps * max(float(S[0]), size)
-    r = min(rank, int(S.gt(floor).sum()))
+    r = int(S.gt(floor).sum())
     return S[:r], Vh[:r]
 
 
-def trace_pinv_product(sigma: Tensor, rows: Tensor) -> Tensor:
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular values and right vectors; from the smaller Gram matrix where that is safe.
+
+    The Gram matrix is several times faster.
+    """
+    K, D = matrix.shape
+    gram = matrix @ matrix.T if K <= D else matrix.T @ matrix
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    if float(values[-1]) > _SAFE * float(values[0]):
+        S = values.sqrt()
+        return S, vectors.T @ matrix / S[:, None] if K <= D else vectors.T
+    _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return S[:rank], Vh[:rank]
+
+
+def cholesky(sigma: Tensor) -> Tensor | None:
+    """Lower Cholesky factor of a safely positive definite matrix, or None."""
+    L, info = torch.linalg.cholesky_ex(sigma)
+    pivots = L.diagonal().square()
+    safe = int(info) == 0 and float(pivots.min()) > _SAFE * float(pivots.max())
+    return L if safe else None
+
+
+def trace_pinv_product(sigma: Tensor, rows: Tensor, rank: int | None = None) -> Tensor:
     """Tr(Σ† RᵀR) for a symmetric positive semi-definite Σ [D, D] and rows R [K, D], [].
 
-    Eigenvalues of Σ under D·eps of the largest count as zero.
+    Σ is inverted on its ``rank`` largest eigenvalues (all if None), less those under D·eps of the
+    largest.
     """
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    if rank is not None:
+        keep[: max(0, len(values) - rank)] = False
     power = (rows @ vectors).square().sum(0)  # [D]
     product: Tensor = (power[keep] / values[keep]).sum()
     return product

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,19 @@ class FeatureSet:
         if self.labels is None:
             raise InputError("A FeatureSet without labels has no class statistics. Pass labels.")
         return ClassStats(self.num_classes, self.dim).update(self.features, self.labels)
+
+    def grouped(self, groups: int) -> FeatureSet:
+        """These samples with a ``stats`` that keeps ``groups``, for standard errors in a report.
+
+        Raises:
+            InputError: there are no labels, or one group.
+        """
+        stats = ClassStats(self.num_classes, self.dim, groups=groups)
+        if self.labels is None:
+            raise InputError("A FeatureSet without labels has no class statistics. Pass labels.")
+        new = replace(self)
+        vars(new)["stats"] = stats.update(self.features, self.labels)  # where the property caches
+        return new
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors (``features``, ``labels``, ``logits``): all of the file or none."""
@@ -187,14 +200,17 @@ def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     seen = Captured()
     with ExitStack() as stack:
         if is_head(head) and not isinstance(head.embed, nn.Module):
-            embed = head.embed
+            embed, before_us = head.embed, vars(head).get("embed")  # another capture's, perhaps
 
             def watched(*args: Any, **kwargs: Any) -> Tensor:
                 seen._features = embed(*args, **kwargs)
                 return seen._features
 
             head.embed = watched
-            stack.callback(delattr, head, "embed")
+            if before_us is None:
+                stack.callback(delattr, head, "embed")
+            else:
+                stack.callback(setattr, head, "embed", before_us)
         elif is_head(head):
 
             def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -275,6 +291,7 @@ def accumulate(
     num_classes: int | None = None,
     *,
     scatter: bool = True,
+    groups: int = 0,
     name: str | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -289,6 +306,7 @@ def accumulate(
         loader: yields ``(x, y, …)`` or a dict with labels.
         num_classes: K; taken from the logits if None.
         scatter: keep the [D, D] scatter.
+        groups: deal the samples out to so many sub-statistics, for standard errors.
         name: dotted name of the head, where several fit.
         device: where the model runs; its own device if None.
         progress: show a bar; on a terminal if None.
@@ -303,7 +321,7 @@ def accumulate(
             raise InputError("accumulate needs labels: the loader must yield (x, y, …) or a dict.")
         if stats is None:
             K = logits.shape[1] if num_classes is None else num_classes
-            stats = ClassStats(K, features.shape[1], scatter=scatter)
+            stats = ClassStats(K, features.shape[1], scatter=scatter, groups=groups)
         stats.update(features[:left], labels[:left])
         left = max(0, left - len(features))
     if stats is None:

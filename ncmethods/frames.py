@@ -6,10 +6,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_choice, check_num_classes
 
-__all__ = ["orthogonal_frame", "simplex_etf"]
+__all__ = ["orthogonal_frame", "simplex_etf", "softmax_code"]
 
 
 def simplex_etf(
@@ -100,6 +101,107 @@ def orthogonal_frame(
     if rotation == "canonical":
         return torch.eye(K, dim, dtype=dtype)
     return _haar_isometry(dim, K, generator).T.to(dtype)
+
+
+def softmax_code(
+    num_classes: int,
+    dim: int,
+    *,
+    steps: int = 1500,
+    restarts: int | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Softmax code: K unit rows with the largest one-vs-rest margin that ``dim`` allows.
+
+    The margin is min_k dist(w_k, conv{w_j, j ≠ k}). It takes over from the simplex ETF where there
+    are more classes than D + 1. Known optima are built: a simplex ETF for K ≤ D + 1; for K ≤ 2D a
+    simplex of 2D − K + 2 rows beside K − D − 1 antipodal pairs, orthogonal to it and to each other
+    (margin 1; K = 2D is the orthoplex); the regular K-gon for D = 2.
+
+    Everything else is searched for, in float64: Adam on rows and directions with an annealed
+    log-sum-exp, from several starts at once, of which the best is returned. That is a good local
+    optimum, not a proof. ``metrics.one_vs_rest_margin`` tells the margin that was reached,
+    ``metrics.min_angle`` the smallest angle, in degrees. Each step holds a few tensors of
+    ``restarts`` · K² numbers.
+
+    Args:
+        num_classes: K ≥ 2.
+        dim: D; at least 2 where K > 2.
+        steps: of the search.
+        restarts: starts that are searched side by side; if None, 40 000 / K², from 1 to 32.
+        generator: CPU generator for the starts and the rotation; the global one if None.
+        dtype: of the result.
+
+    Returns:
+        frame [K, D]. The best code is unique at most up to rotations and the numbering of its rows.
+
+    Raises:
+        InputError: more than two rows in one dimension; ``dim``, ``steps`` or ``restarts`` < 1.
+
+    References:
+        Jiang et al. 2023, arXiv:2310.05351 (softmax codes). Alcala et al. 2026, arXiv:2603.20587
+        (D + 2 ≤ K ≤ 2D).
+    """
+    K = check_num_classes(num_classes)
+    if restarts is None:
+        restarts = max(1, min(32, 40_000 // K**2))
+    for name, value in (("dim", dim), ("steps", steps), ("restarts", restarts)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer ≥ 1, got {value!r}.")
+    if dim == 1 and K > 2:
+        raise InputError(
+            f"One dimension has two unit rows, got num_classes = {K}. A code of three or more "
+            "classes needs dim ≥ 2."
+        )
+    if dim >= K - 1:
+        return simplex_etf(K, dim, generator=generator, dtype=dtype)
+    if 2 * dim >= K:
+        pairs = K - dim - 1
+        n = K - 2 * pairs
+        rows = torch.zeros(K, dim, dtype=torch.float64)
+        rows[:n, : n - 1] = _helmert(n) * math.sqrt(n / (n - 1))
+        axes = torch.eye(pairs, dtype=torch.float64)
+        rows[n:, n - 1 :] = torch.stack((axes, -axes), dim=1).flatten(0, 1)
+    elif dim == 2:
+        angle = torch.arange(K, dtype=torch.float64) * (2 * math.pi / K)
+        rows = torch.stack((angle.cos(), angle.sin()), dim=1)
+    else:
+        return _search_code(K, dim, steps, restarts, generator).to(dtype)
+    return (rows @ _haar_isometry(dim, dim, generator).T).to(dtype)
+
+
+def _search_code(
+    num_classes: int, dim: int, steps: int, restarts: int, generator: torch.Generator | None
+) -> Tensor:
+    """Rows [K, D] of the best of several searches for a softmax code.
+
+    dist(w_k, conv{w_j}) is the maximum over unit directions h_k of min_j ⟨w_k − w_j, h_k⟩, so rows
+    and directions together maximise min_{k, j≠k} ⟨w_k − w_j, h_k⟩: cross-entropy in the limit of
+    large scale. The minimum is softened, with β from 2 to 10⁴.
+    """
+    first, last = 2.0, 1e4
+
+    def unit_and_gaps(points: Tensor) -> tuple[Tensor, Tensor]:
+        U = F.normalize(points, dim=-1)
+        S = U[1] @ U[0].mT  # [R, K, K]: ⟨h_k, w_j⟩
+        return U, (S - S.diagonal(dim1=-2, dim2=-1)[..., None]).masked_fill(same, -math.inf)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        same = torch.eye(num_classes, dtype=torch.bool)
+        start = torch.randn(restarts, num_classes, dim, dtype=torch.float64, generator=generator)
+        points = torch.stack((start, start)).requires_grad_()  # rows and directions [2, R, K, D]
+        optimizer = torch.optim.Adam([points], betas=(0.9, 0.99))
+        for step in range(steps):
+            beta = first * (last / first) ** (step / steps)
+            optimizer.param_groups[0]["lr"] = 0.1 * 1e-3 ** (step / steps)
+            gaps = unit_and_gaps(points)[1] * beta
+            optimizer.zero_grad()
+            gaps.flatten(1).logsumexp(1).div(beta).sum().backward()
+            optimizer.step()
+    U, gaps = unit_and_gaps(points.detach())
+    best: Tensor = U[0, gaps.flatten(1).amax(1).argmin()]
+    return best
 
 
 def _helmert(num_classes: int) -> Tensor:

@@ -431,6 +431,20 @@ def test_capture_of_somebodys_head(head, wrap):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_captures_nest():
+    """Each sees what passes while it watches, and the head is left as it was."""
+    model = heads.Classifier(nn.Linear(4, 6), heads.etf_head(6, 3, neck=None)).eval()
+    before = dict(vars(model.head))
+    with capture(model) as outer:
+        with capture(model) as inner:
+            model(torch.ones(2, 4))
+        assert torch.equal(inner.features, outer.features)
+        model(torch.ones(5, 4))
+    assert len(outer.features) == 5
+    assert len(inner.features) == 2
+    assert vars(model.head) == before
+
+
 def test_capture_holds_the_last_forward():
     net, x = mlp().eval(), torch.randn(6, 6)
     with capture(net) as seen:
@@ -528,3 +542,18 @@ def test_capture_and_extract_of_ddp(build, data):
     seen.features.square().sum().backward()
     assert seen.features.shape == want.features.shape
     assert next(net.parameters()).grad is not None
+
+
+def test_groups_for_standard_errors():
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    samples = FeatureSet(x, y, 3)
+    grouped = samples.grouped(5)
+    assert (grouped.stats.groups, samples.stats.groups) == (5, 0)
+    assert torch.equal(grouped.stats.within, samples.stats.within)
+    assert grouped.features is samples.features
+    with pytest.raises(InputError, match="integer ≥ 2, got 1"):
+        samples.grouped(1)
+    with pytest.raises(InputError, match="without labels"):
+        FeatureSet(x, None, 3).grouped(5)
+    model = heads.Classifier(nn.Linear(4, 6), heads.etf_head(6, 3, neck=None))
+    assert accumulate(model, [(x, y)], 3, groups=4).groups == 4

@@ -1070,3 +1070,104 @@ def test_finite_features_whose_squares_overflow_raise_and_pass_in_float64():
 
 def test_two_classes_have_no_rare_pair():
     assert rare_classes([100, 5]) == []
+
+
+# --- groups and rare classes --------------------------------------------------------------------
+
+
+def grouped(x, y, K=4, groups=5, **options):
+    return ClassStats(K, x.shape[1], groups=groups, **options).update(x, y)
+
+
+def test_parts_sum_to_the_whole_and_share_out_every_class():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (9_000,), generator=g)
+    x = torch.randn(9_000, 7, generator=g, dtype=F64) + y[:, None]
+    stats = grouped(x, y)
+    assert stats.groups == len(stats.parts) == 5
+    total = sum(stats.parts)
+    assert torch.equal(total.counts, stats.counts)
+    torch.testing.assert_close(total.within, stats.within, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total.means, stats.means, rtol=1e-12, atol=0)
+    sizes = torch.stack([part.counts for part in stats.parts])
+    assert int((sizes.max(0).values - sizes.min(0).values).max()) <= 1
+    plain = ClassStats(4, 7).update(x, y)
+    assert torch.equal(stats.within, plain.within)  # the groups change no bit of the whole
+
+
+def test_groups_do_not_fall_in_step_with_the_labels():
+    """Labels that come in turn, as many as there are groups: no group takes all of a class."""
+    y = torch.arange(100) % 5
+    stats = grouped(torch.randn(100, 3), y, K=5)
+    assert all(bool((part.counts == 4).all()) for part in stats.parts)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 4096, 5000])
+def test_groups_do_not_depend_on_the_batches(cut):
+    y = torch.arange(6_000) % 4
+    x = torch.randn(6_000, 3, generator=torch.Generator().manual_seed(1))
+    whole, parts = grouped(x, y), ClassStats(4, 3, groups=5)
+    rows = range(0, 6_000, cut) if cut > 1 else [0, 1, 2]
+    for i in rows:
+        parts.update(x[i : i + cut], y[i : i + cut])
+    if cut == 1:
+        parts.update(x[3:], y[3:])
+    for a, b in zip(whole.parts, parts.parts):
+        assert torch.equal(a.within, b.within)
+
+
+def test_groups_are_stored_copied_and_merged(tmp_path):
+    y = torch.arange(60) % 4
+    x = torch.randn(60, 3, dtype=F64)
+    a, b = grouped(x[:25], y[:25]), grouped(x[25:], y[25:])
+    both = a + b
+    torch.testing.assert_close(sum(both.parts).within, both.within)
+    assert (both - b).groups == 0
+    both.save(tmp_path / "g.safetensors")
+    loaded = ClassStats.load(tmp_path / "g.safetensors")
+    twin = ClassStats(4, 3, groups=5)
+    twin.load_state_dict(both.state_dict())
+    for other in (loaded, twin, copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        for one, two in zip(both.parts, other.parts, strict=True):
+            assert torch.equal(one.counts, two.counts)
+            assert torch.equal(one.within, two.within)
+    with pytest.raises(InputError, match="different groups: 5 and 0"):
+        a + ClassStats(4, 3).update(x, y)
+    for wrong in (1, -2, 2.0, True):
+        with pytest.raises(InputError, match="groups must be 0 or an integer ≥ 2"):
+            ClassStats(4, 3, groups=wrong)
+
+
+def _grouped_on_ranks(rank, world_size):
+    y = torch.arange(90) % 4
+    x = torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    mine = slice(rank, None, world_size)
+    stats = grouped(x[mine], y[mine]).all_reduce()
+    return [(part.counts, part.within) for part in stats.parts], stats.within
+
+
+def test_groups_on_two_ranks():
+    (parts, whole), other = run_ranks(_grouped_on_ranks, 2)
+    torch.testing.assert_close(whole, other[1], rtol=0, atol=0)
+    counts = torch.stack([n for n, _ in parts])
+    assert counts.sum(0).tolist() == [23, 23, 22, 22]
+    assert int((counts.max(0).values - counts.min(0).values).max()) <= 2
+
+
+def test_at_least_empties_small_classes():
+    y = torch.tensor([0, 0, 0, 1, 2, 2])
+    x = torch.randn(6, 3, dtype=F64)
+    stats = ClassStats(4, 3, scatter=False).update(x, y)
+    left = stats.at_least(2)
+    keep = y != 1
+    want = ClassStats(4, 3, scatter=False).update(x[keep], y[keep])
+    assert left.counts.tolist() == [3, 0, 2, 0]
+    assert torch.equal(left.means.nan_to_num(), want.means.nan_to_num())
+    assert torch.equal(left.trace, want.trace)
+    assert stats.counts.tolist() == [3, 1, 2, 0]
+    full = ClassStats(4, 3).update(x, y)
+    with pytest.raises(InputError, match=r"1 classes have fewer than 2.*scatter=False"):
+        full.at_least(2)
+    assert torch.equal(full.at_least(1).within, full.within)
+    groups = grouped(x, y, scatter=False).at_least(2)
+    assert sum(part.counts for part in groups.parts).tolist() == [3, 0, 2, 0]

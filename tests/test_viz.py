@@ -12,6 +12,8 @@ import torch
 
 from ncmethods import viz
 from ncmethods._core import InputError
+from ncmethods.frames import simplex_etf
+from ncmethods.stats import ClassStats
 from ncmethods.viz import Details, Heading, Image, Table, Text, html_report
 
 NAMES = ["ankle boot", "bag", "coat"]
@@ -24,6 +26,25 @@ def curve_rows(scale=1.0, epochs=range(1, 4)):
         row = {"epoch": e, "train/nc1/pinv": scale / e, "test/nc1/pinv": 2 * scale / e}
         out.append(row | {"train/angle/rare_means_min": None, "angle/rare_weight_min": 96.0})
     return out
+
+
+def layer_rows():
+    names = ["backbone.blocks.0.conv1", "backbone.blocks.1", "head"]
+    return [
+        {"epoch": e} | {f"{name}/nc1/pinv": 10.0 ** -(i * e) for i, name in enumerate(names)}
+        for e in (1, 2, 10)
+    ]
+
+
+def samples(seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([0, 1, 2], [30, 20, 10])
+    return rng.normal(size=(60, 5)) * [3, 1, 1, 0.1, 0.01] + 2 * np.eye(5)[labels], labels
+
+
+def moments(**how):
+    x, y = samples()
+    return ClassStats(3, 5, **how).update(torch.from_numpy(x), torch.from_numpy(y))
 
 
 def texts(axes):
@@ -41,6 +62,14 @@ FIGURES = {
     ),
     "confusion": lambda: viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES),
     "comparison": lambda: viz.comparison({"ce": {"acc": [0.5, 0.6]}, "etf": {"acc": [0.7]}}),
+    "cosine_sorted": lambda: viz.cosine_heatmap(torch.eye(40), counts=range(1, 41), sort=True),
+    "cosine_two": lambda: viz.cosine_heatmap(torch.tensor([[1.0], [-1.0]])),
+    "layer_heatmap": lambda: viz.layer_heatmap(layer_rows(), "nc1/pinv"),
+    "spectrum": lambda: viz.spectrum(moments()),
+    "projection": lambda: viz.projection(
+        moments().means, NAMES, weight=torch.randn(3, 5), counts=COUNTS, features=torch.randn(9, 5)
+    ),
+    "projection_many": lambda: viz.projection(torch.randn(40, 8), counts=range(1, 41)),
 }
 
 
@@ -166,6 +195,203 @@ def test_long_class_names_are_cut_so_that_cells_keep_their_place():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a very long name …", "b"]
 
 
+def test_sorting_puts_the_largest_class_first_and_keeps_names_and_counts_together():
+    vectors = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    axes = viz.cosine_heatmap(vectors, NAMES, counts=torch.tensor([5, 500, 50]), sort=True).axes[0]
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    assert labels == ["bag (500)", "coat (50)", "ankle boot (5)"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["bag", "coat", "ankle boot"]
+    h = math.sqrt(0.5)
+    np.testing.assert_allclose(
+        axes.images[0].get_array(), [[1, h, 0], [h, 1, h], [0, h, 1]], atol=1e-6
+    )
+
+
+def test_a_thousand_sorted_classes_keep_their_counts_on_the_axis():
+    axes = viz.cosine_heatmap(torch.eye(1000), counts=range(1000), sort=True).axes[0]
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    assert labels[:2] == ["999 (999)", "899 (899)"]
+    assert len(labels) == 10
+
+
+@pytest.mark.parametrize(("K", "empty"), [(2, 0), (4, 0), (5, 1)])
+def test_the_colour_bar_marks_the_cosine_of_an_etf(K, empty):
+    rows = simplex_etf(K - empty, 8)
+    cosine = float(rows[0] @ rows[1])
+    figure = viz.cosine_heatmap(torch.cat((rows, torch.full((empty, 8), math.nan))))
+    bar = figure.axes[1]
+    np.testing.assert_allclose(bar.lines[-1].get_xdata(), [cosine] * 2, atol=1e-6)
+    assert texts(bar) == [f"ETF −{abs(cosine):.2g}"]
+
+
+def test_layers_stand_from_first_to_last_and_epochs_from_left_to_right():
+    axes, bar = viz.layer_heatmap(layer_rows()[::-1], "nc1/pinv").axes
+    (image,) = axes.images
+    want = [[1, 1, 1], [1e-1, 1e-2, 1e-10], [1e-2, 1e-4, 1e-20]]
+    np.testing.assert_allclose(image.get_array(), want)
+    assert type(image.norm).__name__ == "LogNorm"
+    layers = [t.get_text() for t in axes.get_yticklabels()]
+    assert layers == ["…ne.blocks.0.conv1", "backbone.blocks.1", "head"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "10"]
+    assert texts(axes)[:4] == ["1", "1", "1", "0.1"]
+    assert bar.get_xlabel() == "tr(Σ_W Σ_B⁺) / K"
+
+
+def test_layer_heatmap_averages_seeds_and_greys_what_is_missing():
+    rows = [
+        {"epoch": 1, "train/a/nc2/x": 1.0, "train/b/nc2/x": math.nan, "test/a/nc2/x": 9.0},
+        {"epoch": 1, "train/a/nc2/x": 3.0, "train/b/nc2/x": None, "train/a/nc2/xx": 9.0},
+        {"epoch": 2, "train/b/nc2/x": -1.0},
+    ]
+    axes = viz.layer_heatmap(rows, "nc2/x", ["b", "a"], prefix="train/").axes[0]
+    (image,) = axes.images
+    shown = np.ma.filled(image.get_array(), np.nan)
+    np.testing.assert_allclose(shown, [[np.nan, -1], [2, np.nan]])
+    assert type(image.norm).__name__ == "Normalize"
+    assert texts(axes) == ["−1", "2"]
+
+
+def test_layer_heatmap_of_one_value_and_of_full_collapse():
+    assert texts(viz.layer_heatmap([{"epoch": 1, "a/nc1/pinv": 0.5}], "nc1/pinv").axes[0]) == [
+        "0.5"
+    ]
+    axes = viz.layer_heatmap([{"epoch": 1, "a/nc1/pinv": 0.0, "b/nc1/pinv": 0.1}], "nc1/pinv").axes[
+        0
+    ]
+    assert texts(axes) == ["0.1"]  # zero has no logarithm
+    assert texts(viz.layer_heatmap([{"epoch": 1, "a/nc1/pinv": 0.0}], "nc1/pinv").axes[0]) == ["0"]
+
+
+def test_layer_heatmap_says_what_the_rows_hold():
+    with pytest.raises(InputError, match="The rows hold: epoch, train/loss"):
+        viz.layer_heatmap([{"epoch": 0, "train/loss": 2.0}], "nc1/pinv")
+    with pytest.raises(InputError, match="of layer9"):
+        viz.layer_heatmap(layer_rows(), "nc1/pinv", ["layer9"])
+
+
+# --- spectrum ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["class", "sample"])
+def test_spectrum_draws_the_eigenvalues_of_both_covariances(weighting):
+    x, y = samples()
+    means = np.stack([x[y == c].mean(0) for c in range(3)])
+    share = np.full(3, 1 / 3) if weighting == "class" else np.bincount(y) / 60
+    within, between = np.cov((x - means[y]).T, bias=True), np.cov(means.T, aweights=share, ddof=0)
+    figure = viz.spectrum(moments(), weighting=weighting)
+    (axes,) = figure.axes
+    sigma_w, sigma_b, mark = axes.lines
+    np.testing.assert_allclose(sigma_w.get_ydata(), np.linalg.eigvalsh(within)[::-1], rtol=1e-9)
+    np.testing.assert_allclose(
+        sigma_b.get_ydata(), np.linalg.eigvalsh(between)[:-3:-1], rtol=1e-9
+    )  # K − 1 of them: the third is zero
+    assert list(sigma_b.get_xdata()) == [1, 2]
+    assert mark.get_xdata() == [2, 2]
+    assert (axes.get_yscale(), axes.get_xscale()) == ("log", "log")
+
+
+def test_spectrum_of_full_collapse_and_of_no_spread():
+    y = torch.arange(6) % 3
+    collapsed = ClassStats(3, 4).update(torch.eye(3, 4)[y], y)
+    figure = viz.spectrum(collapsed)
+    figure.draw_without_rendering()
+    sigma_b, _ = figure.axes[0].lines
+    np.testing.assert_allclose(sigma_b.get_ydata(), [1 / 3, 1 / 3])
+    figure = viz.spectrum(ClassStats(3, 4).update(torch.ones(6, 4), y))
+    figure.draw_without_rendering()
+    assert len(figure.axes[0].lines) == 1
+
+
+# --- projection --------------------------------------------------------------------------------
+
+
+def spots(figure):
+    return figure.axes[0].collections[-1].get_offsets()
+
+
+def test_projection_keeps_the_distances_of_means_in_a_plane():
+    flat = torch.tensor([[0.0, 0], [3, 0], [0, 4], [1, 1]], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q
+    shown = torch.from_numpy(np.asarray(spots(viz.projection(flat @ basis.T + 100))))
+    torch.testing.assert_close(torch.cdist(shown, shown), torch.cdist(flat, flat))
+    figure = viz.projection(flat @ basis.T)
+    variance = np.linalg.eigvalsh(np.cov(flat.T))[::-1] / np.trace(np.cov(flat.T)) * 100
+    assert figure.axes[0].get_xlabel() == f"axis 1 ({variance[0]:.3g} % of the spread)"
+    assert figure.axes[0].get_ylabel() == f"axis 2 ({variance[1]:.3g} %)"
+
+
+def test_of_an_etf_the_plane_holds_2_of_k_minus_1_shares_and_dual_rows_reach_their_means():
+    means = 7 * simplex_etf(6, 9) + 3
+    centred = means - means.mean(0)
+    figure = viz.projection(means, weight=0.1 * centred, features=means, labels=torch.arange(6))
+    axes = figure.axes[0]
+    assert "(20 %" in axes.get_xlabel()
+    points, arrows, dots = axes.collections
+    tips = np.stack((arrows.U, arrows.V), 1)
+    np.testing.assert_allclose(tips, dots.get_offsets(), atol=1e-5)
+    np.testing.assert_allclose(points.get_offsets(), dots.get_offsets(), atol=1e-5)
+    np.testing.assert_allclose(points.get_facecolor()[:, :3], dots.get_facecolor()[:, :3])
+    names = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert names == ["class mean", "classifier row, scaled", "sample"]
+
+
+def test_projection_leaves_out_empty_classes_and_lies_flat_for_two():
+    means = torch.tensor([[1.0, 0], [math.nan] * 2, [3, 0]])
+    figure = viz.projection(means, NAMES, counts=COUNTS)
+    np.testing.assert_allclose(sorted(spots(figure).tolist()), [[-1, 0], [1, 0]], atol=1e-12)
+    assert sorted(texts(figure.axes[0])) == ["ankle boot", "coat"]
+    assert "100 %" in figure.axes[0].get_xlabel()
+    assert spots(viz.projection(torch.tensor([[1.0], [2.0]]))).shape == (2, 2)
+    arrows = viz.projection(torch.eye(2, 6), weight=torch.randn(2, 6)).axes[0].collections[0]
+    assert not arrows.V.any()  # there is no second axis to be drawn on
+
+
+def test_projection_names_that_would_overlap_move_apart():
+    figure = viz.projection(torch.tensor([[0.0, 0], [0, 0], [0, 0], [9, 0]]), list("abcd"))
+    heights = sorted(t.xyann[1] for t in figure.axes[0].texts)[-3:]
+    assert min(np.diff(heights)) > 0
+
+
+def test_projection_of_many_classes_is_coloured_by_their_counts():
+    counts = torch.arange(1, 41)
+    axes, bar = viz.projection(torch.randn(40, 8), counts=counts).axes
+    assert axes.collections[-1].get_array().tolist() == counts.tolist()
+    assert bar.get_xlabel() == "training samples"
+    assert len(viz.projection(torch.randn(40, 8), counts=[7] * 40).axes) == 1
+    assert not texts(axes)
+
+
+# --- one measurement ---------------------------------------------------------------------------
+
+
+def test_measure_table_puts_errors_beside_values_and_layers_side_by_side():
+    one = {"nc1/cdnv": 1.0, "nc1/cdnv/se": 0.1, "nc1/cdnv/debiased": 1.2, "nc1/vci": math.nan}
+    assert viz.measure_table({"head": one}) == (
+        ["measure", "value", "debiased", "se"],
+        [["nc1/cdnv", 1.0, 1.2, 0.1], ["nc1/vci", None, None, None]],
+    )
+    assert viz.measure_table({"a": one, "b": {"nc4/agreement": 1.0}}) == (
+        ["measure", "a", "b"],
+        [["nc1/cdnv", 1.0, None], ["nc1/vci", None, None], ["nc4/agreement", None, 1.0]],
+    )
+
+
+def test_collapse_figures_are_those_that_the_statistic_allows(tmp_path):
+    full = viz.collapse_figures(moments(), weight=torch.randn(3, 5), class_names=NAMES)
+    assert list(full) == ["spectrum", "means", "rows", "projection"]
+    rows = [t.get_text() for t in full["means"].axes[0].get_yticklabels()]
+    assert rows == ["ankle boot (30)", "bag (20)", "coat (10)"]
+    figures = viz.collapse_figures(moments(scatter=False))
+    assert list(figures) == ["means", "projection"]
+    table = (["measure", "a", "b"], [["nc1/cdnv", 0.5, None]])
+    page = viz.collapse_page(
+        tmp_path / "p.html", "t", table, {"a": "A", "b": "B"}, {"a": full, "b": figures}, {"k": 1}
+    )
+    text = page.read_text()
+    assert text.count("<img") == 6
+    assert "<h2>a</h2>\n<p>A</p>" in text
+
+
 def test_confusion_normalises_rows_and_names_the_axes():
     axes = viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES).axes[0]
     shown = np.ma.filled(axes.images[0].get_array(), np.nan)
@@ -225,6 +451,11 @@ def test_comparison_shows_mean_sd_and_every_seed():
         (lambda: viz.cosine_heatmap(torch.eye(3), ["a"]), "1 names"),
         (lambda: viz.cosine_heatmap(torch.eye(3), counts=[1]), "1 counts"),
         (lambda: viz.confusion(torch.ones(2, 3)), "square"),
+        (lambda: viz.cosine_heatmap(torch.eye(3), sort=True), "pass counts"),
+        (lambda: viz.spectrum(moments(scatter=False)), "scatter=True"),
+        (lambda: viz.projection(torch.full((3, 2), math.nan)), "two classes or more, got 0"),
+        (lambda: viz.projection(torch.eye(3), weight=torch.eye(4)), r"weight must be \[K, 3\]"),
+        (lambda: viz.projection(torch.eye(3), features=torch.eye(4)), r"features must be \[N, 3\]"),
         (lambda: viz.class_accuracy([0.1], COUNTS, {}), r"must both be \[K\]"),
         (lambda: viz.comparison({}), "methods: none"),
         (lambda: viz.comparison({"ce": {"a": [1.0]}}, {"b": "B"}), "methods: ce"),
@@ -337,7 +568,7 @@ def test_a_real_browser_shows_every_figure_without_errors_or_sideways_scrolling(
     text = html_report(tmp_path / "report.html", title="Run", sections=sections()).read_text()
     (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE))
     (tmp_path / "window.html").write_text(  # headless windows are at least 500 px wide
-        f'<body style="margin:0"><iframe src="probed.html" style="width:{width}px; height:4000px; '
+        f'<body style="margin:0"><iframe src="probed.html" style="width:{width}px; height:9000px; '
         'border:0"></iframe>'
     )
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
@@ -348,7 +579,7 @@ def test_a_real_browser_shows_every_figure_without_errors_or_sideways_scrolling(
             *flags.split(),
             f"--user-data-dir={tmp_path / 'profile'}",
             f"--screenshot={tmp_path / 'shot.png'}",
-            f"--window-size={width},4000",
+            f"--window-size={width},9000",
             (tmp_path / "window.html").as_uri(),
         ],
         capture_output=True,

@@ -15,8 +15,10 @@ from ncmethods.metrics.debiased import (
     debiased_nc1,
     debiased_trace_ratio,
 )
+from ncmethods.metrics.directional import directional_cdnv
 from ncmethods.metrics.generalization import scatter_about, strong_test_nc1, weak_test_nc1
-from ncmethods.metrics.layerwise import effective_depth, separation_law
+from ncmethods.metrics.jackknife import Jackknife, jackknife
+from ncmethods.metrics.layerwise import effective_depth, progressive_collapse, separation_law
 from ncmethods.metrics.margin import one_vs_rest_margin
 from ncmethods.metrics.monitor import Monitor
 from ncmethods.metrics.nc1 import cdnv, nc1_pinv, trace_ratio, vci
@@ -45,10 +47,18 @@ from ncmethods.metrics.ranks import (
     stable_rank,
     threshold_rank,
 )
+from ncmethods.metrics.regression import deep_nrc, nrc1, nrc2, nrc3
 from ncmethods.metrics.report import Report, report
+from ncmethods.metrics.structure import (
+    clusterability,
+    coarse_to_fine,
+    group_collapse,
+    tag_mean_collapse,
+)
 from ncmethods.metrics.uniformity import log_energy, riesz_energy
 
 __all__ = [
+    "Jackknife",
     "Monitor",
     "Report",
     "accuracy_by_class",
@@ -58,11 +68,15 @@ __all__ = [
     "brier",
     "cdnv",
     "classification",
+    "clusterability",
+    "coarse_to_fine",
     "confusion_matrix",
     "debiased_angle",
     "debiased_cdnv",
     "debiased_nc1",
     "debiased_trace_ratio",
+    "deep_nrc",
+    "directional_cdnv",
     "duality_cosine",
     "duality_spread",
     "ece",
@@ -73,16 +87,22 @@ __all__ = [
     "fit_temperature",
     "gram_distance",
     "gram_etf",
+    "group_collapse",
+    "jackknife",
     "log_energy",
     "min_angle",
     "nc1_pinv",
     "nc5",
     "nearest_mean",
     "nll",
+    "nrc1",
+    "nrc2",
+    "nrc3",
     "nuclear_rank",
     "one_vs_rest_margin",
     "participation_ratio",
     "product_duality",
+    "progressive_collapse",
     "report",
     "riesz_energy",
     "scatter_about",
@@ -91,6 +111,7 @@ __all__ = [
     "separation_law",
     "stable_rank",
     "strong_test_nc1",
+    "tag_mean_collapse",
     "threshold_rank",
     "trace_ratio",
     "vci",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ncmethods._core import InputError
-from ncmethods._linalg import truncated_svd
 from ncmethods.features import FeatureSet
-from ncmethods.metrics.nc1 import between_rows
+from ncmethods.metrics.nc1 import Between
 from ncmethods.metrics.nc4 import nearest_mean
 from ncmethods.stats import ClassStats
 
@@ -31,7 +29,7 @@ def scatter_about(stats: ClassStats, means: Tensor) -> Tensor:
         raise InputError(
             f"means must be [K, D] = [{stats.num_classes}, {stats.dim}], got {tuple(means.shape)}."
         )
-    if stats._class_weight is not None:
+    if stats.class_weight is not None:
         raise InputError(
             "scatter_about needs a statistic that was accumulated without class_weight."
         )
@@ -41,12 +39,6 @@ def scatter_about(stats: ClassStats, means: Tensor) -> Tensor:
         raise InputError("A class has test samples but no training mean. Leave it out of both.")
     Z = gap * stats.counts[active].double().sqrt()[:, None]
     return stats.within + Z.T @ Z
-
-
-def _nc1_about(train: ClassStats, scatter: Tensor, N: Tensor, weighting: str) -> Tensor:
-    R = between_rows(train, weighting)
-    S, V = truncated_svd(R, min(len(R) - 1, train.dim))
-    return (((V @ (scatter / N)) * V).sum(1) / S.square()).sum() / len(R)
 
 
 def strong_test_nc1(train: ClassStats, test: ClassStats, *, weighting: str = "class") -> Tensor:
@@ -62,7 +54,7 @@ def strong_test_nc1(train: ClassStats, test: ClassStats, *, weighting: str = "cl
     References:
         Hui, Belkin, Nakkiran 2022, arXiv:2202.08384 (strong test collapse).
     """
-    return _nc1_about(train, scatter_about(test, train.means), test.counts.sum(), weighting)
+    return Between.of(train, weighting).nc1(scatter_about(test, train.means) / test.N)
 
 
 def weak_test_nc1(train: ClassStats, test: FeatureSet, *, weighting: str = "class") -> Tensor:
@@ -81,5 +73,4 @@ def weak_test_nc1(train: ClassStats, test: FeatureSet, *, weighting: str = "clas
     """
     near = nearest_mean(test.features, train.means)
     stats = ClassStats(train.num_classes, train.dim).update(test.features, near)
-    scatter = scatter_about(stats, train.means)
-    return _nc1_about(train, scatter, torch.tensor(len(test)), weighting)
+    return Between.of(train, weighting).nc1(scatter_about(stats, train.means) / len(test))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncmethods._core import InputError
+from ncmethods.metrics._tiles import unit
 
 __all__ = ["one_vs_rest_margin"]
 
@@ -31,7 +31,9 @@ def one_vs_rest_margin(rows: Tensor, *, steps: int = 2000, tol: float = 1e-9) ->
     """
     if rows.ndim != 2 or len(rows) < 2:
         raise InputError(f"rows must be [K, D] with K ≥ 2, got shape {tuple(rows.shape)}.")
-    W = F.normalize(rows.double(), dim=1)
+    W = unit(rows.detach().double())
+    if not bool(W.isfinite().all()):
+        raise InputError("rows must be finite and not zero: a zero row has no direction.")
     K = len(W)
     G = W @ W.T
     step = 1 / torch.linalg.matrix_norm(G, 2)

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_counts
-from ncmethods.metrics._tiles import TILE, pair_sum
+from ncmethods.metrics._tiles import Pairs, unit
 
 __all__ = [
     "angles",
@@ -27,19 +26,18 @@ __all__ = [
 ]
 
 
-def _rows(rows: Tensor) -> Tensor:
-    if rows.ndim != 2 or len(rows) < 2:
-        raise InputError(f"rows must be [K, D] with K ≥ 2, got shape {tuple(rows.shape)}.")
-    return rows.double()
-
-
 def equinorm(rows: Tensor) -> Tensor:
     """Coefficient of variation of the row norms (population standard deviation), [].
 
     References:
         Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC2, equal norms).
     """
-    norms: Tensor = torch.linalg.vector_norm(_rows(rows), dim=1)
+    return variation(Pairs(rows).square)
+
+
+def variation(square: Tensor) -> Tensor:
+    """Coefficient of variation of norms, given as squares [K], []."""
+    norms = square.sqrt()
     return norms.std(correction=0) / norms.mean()
 
 
@@ -61,20 +59,20 @@ def angles(rows: Tensor) -> dict[str, Tensor]:
     References:
         Papyan, Han, Donoho 2020, arXiv:2008.08186 (NC2).
     """
-    U = F.normalize(_rows(rows), dim=1)
-    K = len(U)
-    pairs, target = K * (K - 1), -1 / (K - 1)
-    worst = U.new_zeros(())
+    return angles_of(Pairs(rows))
 
-    def block(a: Tensor, b: Tensor, start: int) -> Tensor:
-        nonlocal worst
-        gap = a @ b.T - target
-        gap.diagonal(start).zero_()
-        worst = torch.maximum(worst, gap.abs().max())
-        return torch.stack((gap.abs().sum(), gap.sum(), gap.square().sum()))
 
-    total, signed, square = pair_sum(U, block) / pairs
-    return {"mean": total, "max": worst, "std": (square - signed.square()).clamp(min=0).sqrt()}
+def angles_of(pairs: Pairs) -> dict[str, Tensor]:
+    """:func:`angles` of pairs that are there already."""
+    K = len(pairs)
+    worst, total = pairs.square.new_zeros(()), pairs.square.new_zeros(3)
+    for a, b, cosines in pairs.cosines(diagonal=-1 / (K - 1)):
+        gap = cosines.add_(1 / (K - 1))
+        size = gap.abs()
+        worst = torch.maximum(worst, size.max())
+        total += torch.stack((size.sum(), gap.sum(), gap.square().sum())) * (1 if a == b else 2)
+    mean, signed, square = total / (K * (K - 1))
+    return {"mean": mean, "max": worst, "std": (square - signed.square()).clamp(min=0).sqrt()}
 
 
 def gram_etf(rows: Tensor) -> Tensor:
@@ -83,8 +81,19 @@ def gram_etf(rows: Tensor) -> Tensor:
     References:
         Zhu et al. 2021, arXiv:2105.02375 (measure of NC2).
     """
-    K = len(rows)
-    return gram_distance(rows, lambda i, j: (i == j).double() - 1 / K)
+    return gram_etf_of(Pairs(rows))
+
+
+def gram_etf_of(pairs: Pairs) -> Tensor:
+    """:func:`gram_etf` of pairs that are there already."""
+    K = len(pairs)
+    return _gram_distance(pairs, lambda a, b: _eye(a, b, pairs.square) - 1 / K)
+
+
+def _eye(a: slice, b: slice, like: Tensor) -> Tensor:
+    """The tile of the identity matrix."""
+    shape = (a.stop - a.start, b.stop - b.start)
+    return torch.eye(*shape, dtype=like.dtype, device=like.device) * (a == b)
 
 
 def gram_distance(rows: Tensor, target: Tensor | Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -93,39 +102,38 @@ def gram_distance(rows: Tensor, target: Tensor | Callable[[Tensor, Tensor], Tens
     Args:
         rows: [K, D].
         target: rows [K, D'] such as ``frames.orthogonal_frame(K, K)`` or those of :func:`seli`; or
-            the entry of the target's Gram matrix as a function of row and column indices.
+            the entry of the target's Gram matrix as a symmetric function of row and column indices.
 
     Raises:
         InputError: another K.
     """
-    R = _rows(rows)
+    pairs = Pairs(rows)
     if isinstance(target, Tensor):
-        if target.ndim != 2 or len(target) != len(R):
+        if target.ndim != 2 or len(target) != len(pairs):
             raise InputError(
-                f"target must be [K, D'] with K = {len(R)}, got {tuple(target.shape)}."
+                f"target must be [K, D'] with K = {len(pairs)}, got {tuple(target.shape)}."
             )
-        T = target.to(R)
+        T = target.detach().to(pairs.rows)
+        return _gram_distance(pairs, lambda a, b: T[a] @ T[b].T)
+    index = torch.arange(len(pairs), device=pairs.rows.device)
+    return _gram_distance(pairs, lambda a, b: target(index[a, None], index[b]).to(pairs.rows))
 
-        def entries(a: slice) -> Tensor:
-            return T[a] @ T.T
-    else:
-        index = torch.arange(len(R), device=R.device)
 
-        def entries(a: slice) -> Tensor:
-            return target(index[a, None], index[None]).to(R)
+def _gram_distance(pairs: Pairs, target: Callable[[slice, slice], Tensor]) -> Tensor:
+    def norms(a: slice, b: slice, G: Tensor) -> Tensor:
+        return torch.stack((G.square().sum(), target(a, b).square().sum()))
 
-    def norms(a: Tensor, b: Tensor, start: int) -> Tensor:
-        E = entries(slice(start, start + len(a)))
-        return torch.stack(((a @ b.T).square().sum(), E.square().sum()))
+    g, e = pairs.sum(norms).sqrt()
+    return pairs.sum(lambda a, b, G: (G / g - target(a, b) / e).square().sum()).sqrt()
 
-    g, e = pair_sum(R, norms).sqrt()
 
-    def gap(a: Tensor, b: Tensor, start: int) -> Tensor:
-        E = entries(slice(start, start + len(a)))
-        square: Tensor = (a @ b.T / g - E / e).square().sum()
-        return square
-
-    return pair_sum(R, gap).sqrt()
+def nc2_of(pairs: Pairs) -> dict[str, Tensor]:
+    """The three NC2 measures of ``report``, by name."""
+    return {
+        "equinorm": variation(pairs.square),
+        "equiangular": angles_of(pairs)["mean"],
+        "gram_etf": gram_etf_of(pairs),
+    }
 
 
 def seli(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +163,19 @@ def seli(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def min_angle(rows: Tensor) -> Tensor:
-    """Smallest angle between two rows in degrees, [].
+    """Smallest angle between two rows in degrees, []; NaN if a row is zero.
 
     References:
         Fang et al. 2021, arXiv:2101.12699 (minority collapse: angles between minority rows).
     """
-    U = F.normalize(_rows(rows), dim=1)
+    pairs = Pairs(unit(Pairs(rows).rows))
+    if bool(pairs.square.isnan().any()):
+        return pairs.square.new_tensor(torch.nan)
     best = (-math.inf, 0, 0)
-    for start in range(0, len(U), TILE):
-        cosines = U[start : start + TILE] @ U.T
-        cosines.diagonal(start).fill_(-torch.inf)
-        i, j = divmod(int(cosines.argmax()), len(U))
-        best = max(best, (float(cosines[i, j]), start + i, j))
-    a, b = U[best[1]], U[best[2]]
+    for a, b, cosines in pairs.cosines(diagonal=-math.inf):
+        i, j = divmod(int(cosines.argmax()), cosines.shape[1])
+        best = max(best, (float(cosines[i, j]), a.start + i, b.start + j))
+    u, v = pairs.rows[best[1]], pairs.rows[best[2]]
     # Kahan's form keeps small angles exact where arccos loses half of the digits.
-    angle = 2 * torch.atan2(torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(a + b))
+    angle = 2 * torch.atan2(torch.linalg.vector_norm(u - v), torch.linalg.vector_norm(u + v))
     return torch.rad2deg(angle)

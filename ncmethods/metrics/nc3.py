@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncmethods._core import InputError
+from ncmethods.metrics._tiles import TILE, unit
 
 __all__ = [
     "bias_duality",
@@ -27,6 +27,11 @@ def _pair(weight: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
             "head's neck?"
         )
     return weight.detach().to(means.device).double(), means.double()
+
+
+def _cosines(W: Tensor, M: Tensor) -> Tensor:
+    """cos(w_c, m_c) [K]; NaN for rows of norm 0."""
+    return (unit(W) * unit(M)).sum(1)
 
 
 def self_duality(weight: Tensor, means: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def duality_cosine(weight: Tensor, means: Tensor) -> Tensor:
         Jiang et al. 2023, arXiv:2310.05351 (self-duality).
     """
     W, M = _pair(weight, means)
-    return (1 - F.cosine_similarity(W, M, dim=1)).mean()
+    return (1 - _cosines(W, M)).mean()
 
 
 def duality_spread(weight: Tensor, means: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def duality_spread(weight: Tensor, means: Tensor) -> Tensor:
         Wu, Papyan 2024, arXiv:2405.17767 (UNC3, on cosines instead of products).
     """
     W, M = _pair(weight, means)
-    return F.cosine_similarity(W, M, dim=1).var(correction=0)
+    return _cosines(W, M).var(correction=0)
 
 
 def product_duality(weight: Tensor, means: Tensor) -> Tensor:
@@ -88,10 +93,14 @@ def product_duality(weight: Tensor, means: Tensor) -> Tensor:
     """
     W, M = _pair(weight, means)
     K = len(W)
-    P = W @ M.T
-    E = (torch.eye(K, dtype=P.dtype, device=P.device) - 1 / K) / math.sqrt(K - 1)
-    distance: Tensor = torch.linalg.matrix_norm(P / torch.linalg.matrix_norm(P) - E)
-    return distance
+    tiles = [slice(i, min(i + TILE, K)) for i in range(0, K, TILE)]
+    norm = sum(((W[a] @ M.T).square().sum() for a in tiles), W.new_zeros(())).sqrt()
+    total = W.new_zeros(())
+    for a in tiles:
+        E = torch.full((a.stop - a.start, K), -1 / K, dtype=W.dtype, device=W.device)
+        E.diagonal(a.start).add_(1)
+        total = total + (W[a] @ M.T / norm - E / math.sqrt(K - 1)).square().sum()
+    return total.sqrt()
 
 
 def bias_duality(weight: Tensor, bias: Tensor | None, global_mean: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ncmethods._core import InputError, check_features, check_logits
 
 __all__ = ["agreement", "nearest_mean"]
 
-_CHUNK = 8192
+_CHUNK = 2**24  # distances that are held at once
 
 
 def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
     M = (M - center).nan_to_num()
     half = (0.5 * M.square().sum(1)).masked_fill(~known, torch.inf)
     nearest = [
-        (half - (x.double() - center) @ M.T).argmin(1) for x in torch.split(features, _CHUNK)
+        (half - (x.double() - center) @ M.T).argmin(1)
+        for x in torch.split(features, max(1, _CHUNK // len(M)))
     ]
     return torch.cat(nearest) if nearest else torch.empty(0, dtype=torch.int64)
 

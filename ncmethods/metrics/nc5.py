@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncmethods._core import InputError
+from ncmethods.metrics._tiles import unit
 from ncmethods.stats import ClassStats
 
 __all__ = ["nc5"]
@@ -27,4 +27,4 @@ def nc5(stats: ClassStats, ood_mean: Tensor) -> Tensor:
     if tuple(ood_mean.shape) != (stats.dim,):
         raise InputError(f"ood_mean must be [D] = [{stats.dim}], got {tuple(ood_mean.shape)}.")
     M = stats.means[stats.active]
-    return F.cosine_similarity(M, ood_mean.to(M)[None], dim=1).abs().mean()
+    return (unit(M) @ unit(ood_mean.to(M)[None])[0]).abs().mean()

@@ -17,6 +17,8 @@ __all__ = ["effective_rank", "nuclear_rank", "participation_ratio", "stable_rank
 def _eigenvalues(sigma: Tensor) -> Tensor:
     if sigma.ndim != 2 or sigma.shape[0] != sigma.shape[1]:
         raise InputError(f"sigma must be a square matrix [D, D], got {tuple(sigma.shape)}.")
+    if not bool(sigma.isfinite().all()):
+        raise InputError("sigma holds NaN or Inf: its rank is not defined.")
     values: Tensor = torch.linalg.eigvalsh(sigma.double()).clamp(min=0)
     if float(values[-1]) == 0:
         raise InputError("sigma is zero: its rank is not defined. Are all features the same?")

@@ -9,18 +9,15 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncmethods._core import InputError
-from ncmethods.metrics._tiles import TILE, pair_sum, squared_distances
+from ncmethods.metrics._tiles import Pairs, unit
 
 __all__ = ["log_energy", "riesz_energy"]
 
 
-def _unit(rows: Tensor) -> Tensor:
-    if rows.ndim != 2 or len(rows) < 2:
-        raise InputError(f"rows must be [K, D] with K ≥ 2, got shape {tuple(rows.shape)}.")
-    return F.normalize(rows.double(), dim=1)
+def _unit(rows: Tensor) -> Pairs:
+    return Pairs(unit(Pairs(rows).rows))
 
 
 def log_energy(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,15 +35,24 @@ def log_energy(rows: Tensor) -> tuple[Tensor, Tensor]:
         Wu, Papyan 2024, arXiv:2405.17767 (GNC2); Liu et al. 2023, arXiv:2303.06484.
     """
     U = _unit(rows)
-    pairs = len(U) * (len(U) - 1)
-
-    def energies(a: Tensor, b: Tensor, start: int, center: Tensor | float) -> Tensor:
-        e = -0.5 * squared_distances(a, b, start).log() - center
-        e.diagonal(start).zero_()
-        return e
-
-    mean = pair_sum(U, lambda a, b, i: energies(a, b, i, 0.0).sum()) / pairs
-    return mean, pair_sum(U, lambda a, b, i: energies(a, b, i, mean).square().sum()) / pairs
+    pairs, mean, square = 0, U.square.new_zeros(()), U.square.new_zeros(())
+    for a, b, d in U.distances():  # Chan's merge of each tile's mean and squares
+        e = -0.5 * d.log()
+        n = e.numel()
+        if a == b:
+            n -= len(e)
+            e.fill_diagonal_(0)
+        center = e.sum() / max(n, 1)
+        gap = e.sub_(center)
+        if a == b:
+            gap.fill_diagonal_(0)
+        n *= 1 if a == b else 2
+        step = center - mean
+        square = square + gap.square().sum() * (1 if a == b else 2)
+        square = square + step.square() * (pairs * n / max(pairs + n, 1))
+        mean = mean + step * (n / max(pairs + n, 1))
+        pairs += n
+    return mean, square / pairs
 
 
 def riesz_energy(rows: Tensor, *, s: float | None = None) -> Tensor:
@@ -66,11 +72,11 @@ def riesz_energy(rows: Tensor, *, s: float | None = None) -> Tensor:
         Liu et al. 2023, arXiv:2303.06484 (hyperspherical energy).
     """
     U = _unit(rows)
-    power = float(max(U.shape[1] - 2, 1) if s is None else s)
+    power = float(max(U.rows.shape[1] - 2, 1) if s is None else s)
     if power <= 0:
         raise InputError(f"s must be positive, got {s}. For s → 0 use log_energy.")
-    blocks = [
-        (-0.5 * power * squared_distances(U[i : i + TILE], U, i).log()).flatten().logsumexp(0)
-        for i in range(0, len(U), TILE)
+    tiles = [
+        (-0.5 * power * d.log()).flatten().logsumexp(0) + (0 if a == b else math.log(2))
+        for a, b, d in U.distances()
     ]
-    return torch.stack(blocks).logsumexp(0) - math.log(len(U) * (len(U) - 1))
+    return torch.stack(tiles).logsumexp(0) - math.log(len(U) * (len(U) - 1))

@@ -3,12 +3,16 @@
 Figures are made to be read at 4.5 inches, which is a column of a paper and the width of a phone.
 """
 
+from ncmethods.viz.collapse import collapse_figures, collapse_page, measure_table
 from ncmethods.viz.figures import (
     class_accuracy,
     comparison,
     confusion,
     cosine_heatmap,
+    layer_heatmap,
     nc_curves,
+    projection,
+    spectrum,
 )
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
 from ncmethods.viz.run import comparison_page, run_figures, run_page
@@ -25,14 +29,20 @@ __all__ = [
     "Table",
     "Text",
     "class_accuracy",
+    "collapse_figures",
+    "collapse_page",
     "comparison",
     "comparison_page",
     "confusion",
     "cosine_heatmap",
     "html_report",
+    "layer_heatmap",
+    "measure_table",
     "nc_curves",
+    "projection",
     "run_figures",
     "run_page",
+    "spectrum",
     "summary",
     "text_table",
 ]

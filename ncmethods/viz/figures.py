@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,8 @@ from ncmethods._core import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ncmethods.stats import ClassStats
 
 WIDTH = 4.5  # inches
 SMALL, TITLE = 9, 10  # points
@@ -79,7 +81,6 @@ def nc_curves(
             f"none. The rows hold: {', '.join(held) or 'nothing'}."
         )
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     prefixed = [p for p in prefixes if any(p == q for s in found.values() for _, q in s)]
     names = list(runs) if len(runs) > 1 else prefixed
@@ -105,10 +106,8 @@ def nc_curves(
                 axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         if any(v > 0 for points in series.values() for values in points.values() for v in values):
             axes.set_yscale(scale)
-            if scale == "log":  # 1, 2, 5, 10 …: labels of every digit would overlap
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axes.yaxis.set_minor_formatter(NullFormatter())
+            if scale == "log":
+                _log_ticks(axes.yaxis)
         axes.set_title(f"{title}\n{unit}", fontsize=SMALL, color=INK, loc="left")
         axes.set_xlabel("epoch", fontsize=SMALL, color=INK)
         axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
@@ -123,22 +122,50 @@ def cosine_heatmap(
     *,
     title: str = "Cosine between classes",
     counts: Tensor | Sequence[int] | None = None,
+    sort: bool = False,
 ) -> Figure:
     """Cosines between the rows of ``vectors``, on a fixed scale from −1 to 1.
 
+    The colour bar marks −1/(K−1), every cosine between two classes of a simplex ETF.
+
     Args:
-        vectors: class means, already centred, or classifier rows [K, D]; zero rows stay grey.
+        vectors: class means, already centred, or classifier rows [K, D]; zero and NaN rows stay
+            grey and do not count in K.
         class_names: one per class; by default their indices.
         title: of the figure.
         counts: training samples per class [K], written beside the names.
+        sort: order the classes by ``counts``, largest first.
+
+    Raises:
+        InputError: ``sort`` without counts, or lengths that differ.
     """
     unit = F.normalize(_matrix("vectors", vectors), dim=1)
+    K = len(unit)
+    names = _names(K, class_names)
+    labels = _names(K, class_names, counts, always=sort)
     cosines = (unit @ unit.T).clamp(-1, 1)
-    cosines[unit.norm(dim=1) < 0.5] = math.nan
-    cosines[:, unit.norm(dim=1) < 0.5] = math.nan
-    names = _names(len(unit), class_names)
-    figure, axes = _heatmap(cosines, names, limits=(-1, 1), cmap="RdBu_r", bar="cosine")
-    _class_ticks(axes.yaxis, _names(len(unit), class_names, counts))
+    empty = ~(unit.norm(dim=1) > 0.5)
+    cosines[empty] = math.nan
+    cosines[:, empty] = math.nan
+    if sort:
+        if counts is None:
+            raise InputError("sort=True orders the classes by counts: pass counts [K].")
+        order = torch.as_tensor(counts).argsort(descending=True, stable=True).cpu()
+        cosines = cosines[order][:, order]
+        names, labels = ([of[k] for k in order.tolist()] for of in (names, labels))
+    figure, axes, colorbar = _classes(cosines, names, limits=(-1, 1), cmap="RdBu_r", bar="cosine")
+    _class_ticks(axes.yaxis, labels)
+    if sort and K > NAMED:
+        axes.set_ylabel("class (samples), largest first", fontsize=SMALL, color=INK)
+    active = int((~empty).sum())
+    if active > 1:
+        etf = -1 / (active - 1)
+        colorbar.ax.axvline(etf, color=INK, lw=1.5)
+        across = colorbar.ax.get_xaxis_transform()
+        text = f"ETF {etf:.2g}".replace("-", "−")
+        colorbar.ax.text(
+            etf, 1.2, text, transform=across, ha="center", va="bottom", fontsize=SMALL, color=INK
+        )
     axes.set_title(title, fontsize=TITLE, color=INK)
     return figure
 
@@ -164,7 +191,9 @@ def confusion(
         raise InputError(f"matrix must be square [K, K], got shape {tuple(counted.shape)}.")
     shares = counted / counted.sum(dim=1, keepdim=True)  # 0 / 0 = NaN: grey
     names = _names(len(shares), class_names)
-    figure, axes = _heatmap(shares, names, limits=(0, 1), cmap="Blues", bar="share of true class")
+    figure, axes, _ = _classes(
+        shares, names, limits=(0, 1), cmap="Blues", bar="share of true class"
+    )
     axes.set_title(title, fontsize=TITLE, color=INK)
     axes.set_xlabel("predicted class", fontsize=SMALL, color=INK)
     axes.set_ylabel("true class", fontsize=SMALL, color=INK)
@@ -270,6 +299,230 @@ def comparison(
     return figure
 
 
+def layer_heatmap(
+    rows: Rows,
+    key: str,
+    layers: Sequence[str] | None = None,
+    *,
+    prefix: str = "",
+    title: str | None = None,
+) -> Figure:
+    """One measure by layer and epoch, the first layer on top; NC1 on a logarithmic scale.
+
+    Several rows of one epoch become their mean. What is missing, NaN or (on a logarithmic scale)
+    not positive stays grey.
+
+    Args:
+        rows: each with ``epoch`` and ``<layer>/<key>``, as ``metrics.Monitor`` gives them.
+        key: the measure, say ``"nc1/pinv"``.
+        layers: in order of depth; by default all that the rows hold, in the order they appear.
+        prefix: that stands before the layer, say ``"train/"``.
+        title: of the figure; by default that of the measure.
+
+    Raises:
+        InputError: no row holds the measure.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    found: dict[str, dict[float, list[float]]] = {}
+    held: dict[str, None] = {}
+    for row in rows:
+        held |= dict.fromkeys(row)
+        for name, value in row.items():
+            if row.get("epoch") is None or not name.startswith(prefix):
+                continue
+            layer, _, rest = name[len(prefix) :].rpartition("/" + key)
+            if layer and not rest and value is not None and math.isfinite(value):
+                found.setdefault(layer, {}).setdefault(row["epoch"], []).append(value)
+    order = list(found) if layers is None else list(layers)
+    epochs = sorted({e for layer in order for e in found.get(layer, ())})
+    if not epochs:
+        raise InputError(
+            f"No row holds an epoch and {prefix}<layer>/{key}"
+            f"{'' if layers is None else ' of ' + ', '.join(layers)}. "
+            f"The rows hold: {', '.join(held) or 'nothing'}."
+        )
+    values = torch.full((len(order), len(epochs)), math.nan, dtype=torch.float64)
+    for i, layer in enumerate(order):
+        for epoch, of in found.get(layer, {}).items():
+            values[i, epochs.index(epoch)] = sum(of) / len(of)
+    name, unit, scale = NC_PANELS.get(key, (key, "", "linear"))
+    norm: type[Normalize] = Normalize
+    if (scale == "log" or key.startswith("nc1/")) and bool((values > 0).any()):
+        norm, values = LogNorm, torch.where(values > 0, values, math.nan)
+    shown = values[values.isfinite()]
+    low, high = float(shown.min()), float(shown.max())
+    figure, axes, _ = _heatmap(
+        values,
+        norm=norm(low, high if high > low else low + abs(low) * 1e-3 + 1e-12),
+        cmap="viridis",
+        bar=unit or key,
+        cell=(lambda value: f"{value:.2g}") if len(epochs) <= 6 and len(order) <= NAMED else None,
+        height=min(5.0, 1.6 + 0.22 * len(order)),
+        square=False,
+    )
+    _class_ticks(axes.yaxis, [n if len(n) <= 18 else "…" + n[-17:] for n in order])
+    step = math.ceil(len(epochs) / 8)
+    places = range(0, len(epochs), step)
+    axes.set_xticks(places, [f"{epochs[i]:g}" for i in places], fontsize=SMALL)
+    axes.set_xlabel("epoch", fontsize=SMALL, color=INK)
+    axes.set_title(name if title is None else title, fontsize=TITLE, color=INK)
+    return figure
+
+
+def spectrum(stats: ClassStats, *, weighting: str = "class", title: str | None = None) -> Figure:
+    """Eigenvalues of Σ_W and Σ_B, largest first, on logarithmic axes; K − 1 is marked.
+
+    At collapse Σ_B has K − 1 equal eigenvalues and Σ_W lies far below. Eigenvalues below 1e-12 of
+    the largest of their matrix are rounding and are not drawn.
+
+    Args:
+        stats: class moments with a scatter.
+        weighting: of the class means in Σ_B, ``"class"`` or ``"sample"``.
+        title: of the figure.
+
+    Raises:
+        InputError: the statistic is empty or has no scatter.
+    """
+    shares, active = stats.class_shares(weighting), stats.active
+    M = (stats.centered_means(weighting) * shares.sqrt()[:, None])[active]
+    curves = {
+        "Σ_W within": torch.linalg.eigvalsh(stats.sigma_w).flip(0),
+        "Σ_B between": torch.linalg.svdvals(M).square(),
+    }
+    figure, axes = _figure(3.4)
+    from matplotlib.ticker import StrMethodFormatter
+
+    for (name, values), color, marker in zip(curves.items(), COLORS, "os", strict=False):
+        shown = values[values > 1e-12 * values.max()].cpu()
+        if len(shown):
+            index = range(1, len(shown) + 1)
+            size = 3 if len(shown) <= 100 else 1.5
+            axes.plot(index, shown, marker=marker, ms=size, lw=1.2, color=color, label=name)
+    K = int(active.sum())
+    axes.axvline(K - 1, color=INK, lw=1, ls=":", label=f"K − 1 = {K - 1}")
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlabel("index", fontsize=SMALL, color=INK)
+    axes.set_ylabel("eigenvalue", fontsize=SMALL, color=INK)
+    layer = f" of {stats.layer}" if stats.layer else ""
+    axes.set_title(f"Spectrum{layer}" if title is None else title, fontsize=TITLE, color=INK)
+    handles, labels = axes.get_legend_handles_labels()
+    _legend(figure, dict(zip(labels, handles, strict=True)))
+    return figure
+
+
+def projection(
+    means: Tensor,
+    class_names: Sequence[str] | None = None,
+    *,
+    weight: Tensor | None = None,
+    counts: Tensor | Sequence[int] | None = None,
+    features: Tensor | None = None,
+    labels: Tensor | None = None,
+    title: str = "Class means on their two principal axes",
+) -> Figure:
+    """Class means in the plane that holds most of their spread.
+
+    The axes are the first two principal axes of the centred means; their labels give the share of
+    the spread they hold, which for a simplex ETF is 1/(K−1) each. Distances that lie across the
+    plane cannot be seen.
+
+    Args:
+        means: class means [K, D]; NaN rows (classes without samples) are left out.
+        class_names: one per class; by default their indices. Written for up to 12 classes.
+        weight: classifier rows [K, D], drawn as arrows, scaled to the Frobenius norm of the means.
+        counts: training samples per class [K]; colour the means where there are many classes.
+        features: samples [N, D], drawn as faint points, at most 5000 of them.
+        labels: classes of the samples, int64 [N], for their colours.
+        title: of the figure.
+
+    Raises:
+        InputError: fewer than two classes with means, or shapes that do not fit.
+    """
+    from matplotlib.lines import Line2D
+
+    M = _matrix("means", means)
+    names = _names(len(M), class_names)
+    there = M.isfinite().all(1)
+    K = int(there.sum())
+    for name, rows in (("weight", weight), ("features", features)):
+        want = f"[{'K' if name == 'weight' else 'N'}, {M.shape[1]}]"
+        if rows is not None and (
+            _matrix(name, rows).shape[1] != M.shape[1] or (name == "weight" and len(rows) != len(M))
+        ):
+            raise InputError(f"{name} must be {want} like the means, got {tuple(rows.shape)}.")
+    if K < 2:
+        raise InputError(f"A projection needs the means of two classes or more, got {K}.")
+    centre = M[there].mean(0)
+    centred = M - centre
+    _, S, V = torch.linalg.svd(centred[there], full_matrices=False)
+    plane = torch.zeros(M.shape[1], 2, dtype=torch.float64)
+    plane[:, : min(2, len(V))] = V[:2].T * (S[:2] > 1e-9 * S[0])  # no axis without spread
+    # The sign of an axis is arbitrary: the largest entry points up and right.
+    plane *= plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+    share = [round(100 * float(v), 2) for v in S.square() / S.square().sum().clamp(min=1e-300)]
+
+    few = K <= ANNOTATE
+    present = there.nonzero().flatten().tolist()
+    color_of = dict(zip(range(len(M)), _cycle(COLORS), strict=False)) if few else {}
+    figure, axes = _figure(4.4)
+    if features is not None:
+        step = -(-len(features) // 5000)
+        x, y = ((features[::step].detach().cpu().double() - centre) @ plane).T
+        of = [] if labels is None or not few else labels[::step].tolist()
+        colors = [color_of.get(k, MISSING) for k in of] or MISSING
+        axes.scatter(x, y, s=3, c=colors, alpha=0.35, lw=0, zorder=1)
+    if weight is not None:
+        rows = _matrix("weight", weight)
+        arrows = rows * (centred[there].norm() / rows.norm().clamp(min=1e-300)) @ plane
+        axes.quiver(
+            *torch.zeros_like(arrows).T,
+            *arrows.T,
+            color=list(color_of.values()) or "#888888",
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.006 if few else 0.0015,
+            alpha=0.8 if few else 0.35,
+            zorder=2,
+        )
+        axes.update_datalim(arrows.tolist())
+    spots = centred @ plane
+    x, y = spots[there].T
+    dots: dict[str, Any] = {"edgecolors": "white", "lw": 0.6, "zorder": 3}
+    if few:
+        axes.scatter(x, y, s=36, c=[color_of[k] for k in present], **dots)
+        _label(axes, {k: (*spots[k].tolist(), names[k]) for k in present})
+    else:
+        n = torch.ones(len(M)) if counts is None else torch.as_tensor(counts).cpu().clamp(min=1)
+        size = 14 if K <= 200 else 6
+        if bool((n[there] == n[there][0]).all()):
+            axes.scatter(x, y, s=size, c=COLORS[0], **dots)
+        else:
+            from matplotlib.colors import LogNorm
+
+            dots |= {"cmap": "viridis", "norm": LogNorm()}
+            drawn = axes.scatter(x, y, s=size, c=n[there], **dots)
+            bar = figure.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.8, aspect=30)
+            bar.set_label("training samples", fontsize=SMALL, color=INK)
+            bar.ax.tick_params(labelsize=SMALL, labelcolor=INK)
+            _log_ticks(bar.ax.xaxis)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.12)
+    axes.set_xlabel(f"axis 1 ({share[0]:.3g} % of the spread)", fontsize=SMALL, color=INK)
+    axes.set_ylabel(f"axis 2 ({[*share, 0][1]:.3g} %)", fontsize=SMALL, color=INK)
+    axes.set_title(title, fontsize=TITLE, color=INK)
+    handles = {"class mean": Line2D([], [], marker="o", ls="", color=INK, ms=5)}
+    if weight is not None:
+        handles["classifier row, scaled"] = Line2D([], [], marker=">", color=INK, ms=4)
+    if features is not None:
+        handles["sample"] = Line2D([], [], marker=".", ls="", color=INK, ms=3)
+    _legend(figure, handles)
+    return figure
+
+
 # --- what the figures share --------------------------------------------------------------------
 
 
@@ -313,38 +566,86 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     )
 
 
-def _heatmap(
+def _classes(
     values: Tensor, names: Sequence[str], *, limits: tuple[float, float], cmap: str, bar: str
-) -> tuple[Figure, Axes]:
+) -> tuple[Figure, Axes, Any]:
     """Square cells of ``values`` [K, K] on the fixed scale ``limits``; NaN is grey."""
-    import matplotlib.ticker
+    from matplotlib.colors import Normalize
 
-    K = len(values)
-    figure, axes = _figure(5.0)
+    few = len(values) <= ANNOTATE
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.0f}".replace("-0", "0")
+
+    figure, axes, colorbar = _heatmap(
+        values,
+        norm=Normalize(*limits),
+        cmap=cmap,
+        bar=bar + (", cells × 100" if few else ""),
+        cell=percent if few else None,
+    )
+    _class_ticks(axes.xaxis, names)
+    _class_ticks(axes.yaxis, names)
+    return figure, axes, colorbar
+
+
+def _heatmap(
+    values: Tensor,
+    *,
+    norm: Any,
+    cmap: str,
+    bar: str,
+    cell: Callable[[float], str] | None,
+    height: float = 5.0,
+    square: bool = True,
+) -> tuple[Figure, Axes, Any]:
+    """Cells of ``values`` [rows, columns], with the text ``cell`` makes of each; NaN is grey."""
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(height)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     colors = matplotlib.colormaps[cmap].with_extremes(bad=MISSING)
-    image = axes.imshow(values.numpy(), cmap=colors, vmin=limits[0], vmax=limits[1])
-    percent = ", cells × 100" if K <= ANNOTATE else ""
+    aspect: Any = "equal" if square else "auto"
+    image = axes.imshow(values.numpy(), cmap=colors, norm=norm, aspect=aspect)
     colorbar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.8, aspect=30)
-    colorbar.locator = matplotlib.ticker.MaxNLocator(4)
-    colorbar.update_ticks()
-    colorbar.set_label(bar + percent, fontsize=SMALL, color=INK)
+    if isinstance(norm, LogNorm):
+        _log_ticks(colorbar.ax.xaxis)
+    else:
+        colorbar.locator = MaxNLocator(4)
+        colorbar.update_ticks()
+    colorbar.set_label(bar, fontsize=SMALL, color=INK)
     colorbar.ax.tick_params(labelsize=SMALL, labelcolor=INK)
-    _class_ticks(axes.xaxis, names)
-    _class_ticks(axes.yaxis, names)
-    for i in range(K) if K <= ANNOTATE else ():
-        for j in range(K):
-            value = values[i, j].item()
-            if not math.isnan(value):
-                red, green, blue, _ = colors((value - limits[0]) / (limits[1] - limits[0]))
+    for i, row in enumerate(values.tolist()):
+        for j, value in enumerate(row):
+            if cell is not None and not math.isnan(value):
+                red, green, blue, _ = colors(float(norm(value)))
                 dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-                text = f"{100 * value:.0f}".replace("-0", "0").replace("-", "−")
+                text = cell(value).replace("-", "−")
                 axes.text(
                     j, i, text, ha="center", va="center", fontsize=SMALL,
                     color="white" if dark else INK,
                 )  # fmt: skip
-    return figure, axes
+    return figure, axes, colorbar
+
+
+def _label(axes: Axes, points: Mapping[int, tuple[float, float, str]]) -> None:
+    """Write a name above each point, moved up where it would cover another name."""
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    inch = max(x1 - x0, y1 - y0) / 3.2
+    placed: list[tuple[float, float, float]] = []
+    for x, y, name in sorted(points.values(), key=lambda point: point[1]):
+        up, half = y + 0.08 * inch, 0.04 * inch * len(name)
+        while any(abs(x - a) < half + w and abs(up - b) < 0.15 * inch for a, b, w in placed):
+            up += 0.03 * inch
+        placed.append((x, up, half))
+        axes.annotate(
+            name, (x, y), (x, up), fontsize=SMALL, color=INK, ha="center", va="bottom", zorder=4,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.6, "pad": 0.3},
+            arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.5},
+        )  # fmt: skip
 
 
 def _class_ticks(axis: Any, names: Sequence[str]) -> None:
@@ -356,8 +657,21 @@ def _class_ticks(axis: Any, names: Sequence[str]) -> None:
     axis.set_ticks(places, [names[i] for i in places], rotation=rotation, fontsize=SMALL)
 
 
+def _log_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 …: labels of every digit would overlap."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _names(
-    K: int, class_names: Sequence[str] | None, counts: Tensor | Sequence[int] | None = None
+    K: int,
+    class_names: Sequence[str] | None,
+    counts: Tensor | Sequence[int] | None = None,
+    *,
+    always: bool = False,
 ) -> list[str]:
     names = [str(k) for k in range(K)] if class_names is None else list(class_names)
     if len(names) != K or (counts is not None and len(counts) != K):
@@ -366,7 +680,7 @@ def _names(
             f"{len(names)} names" + ("." if counts is None else f" and {len(counts)} counts.")
         )
     names = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    if counts is None or K > NAMED:
+    if counts is None or (K > NAMED and not always):
         return names
     return [f"{name} ({int(n)})" for name, n in zip(names, counts, strict=True)]
 

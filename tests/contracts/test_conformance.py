@@ -63,27 +63,39 @@ METRICS = {
 }
 # What metrics exports beside functions of the usual names with one scalar result.
 NOT_SCALAR = {
+    "Jackknife",
     "Monitor",
     "Report",
     "accuracy_by_class",
     "angles",
     "bias_duality",
+    "clusterability",
+    "coarse_to_fine",
+    "deep_nrc",
     "debiased_angle",
     "debiased_cdnv",
     "debiased_nc1",
     "debiased_trace_ratio",
+    "directional_cdnv",
     "effective_depth",
     "effective_rank",
     "gram_distance",
+    "group_collapse",
+    "jackknife",
     "log_energy",
     "nc5",
+    "nrc1",
+    "nrc2",
+    "nrc3",
     "nuclear_rank",
     "participation_ratio",
+    "progressive_collapse",
     "scatter_about",
     "seli",
     "separation_law",
     "stable_rank",
     "strong_test_nc1",
+    "tag_mean_collapse",
     "threshold_rank",
     "weak_test_nc1",
     "classification",
@@ -112,6 +124,12 @@ def test_frames(rotation, dtype):
         options = {"rotation": rotation, "dtype": dtype}
         check_frame(frames.simplex_etf(K, D, **options), cosine=-1 / (K - 1))
         check_frame(frames.orthogonal_frame(K, D, **options), cosine=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("K", "D"), [(2, 1), (5, 4), (9, 6), (12, 6), (7, 2), (9, 3)])
+def test_softmax_codes(K, D, dtype):
+    check_frame(frames.softmax_code(K, D, steps=50, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", HEADS)

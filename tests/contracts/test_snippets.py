@@ -37,6 +37,7 @@ def test_1a_swap_a_head_and_keep_your_loop(x, y):
     assert net(x).shape == (4, 10)
 
 
+@pytest.mark.filterwarnings("ignore:Classes .* single sample")
 def test_1b_and_2_features_and_logits_then_measure(x, y):
     model = heads.Classifier.from_model(torchvision.models.resnet18(), head=heads.etf_head(512, 10))
     out = model(x)

@@ -1,4 +1,4 @@
-"""Uniformity, margins, ranks, targets, duality, test collapse and depth against closed forms."""
+"""Uniformity, margins, ranks, targets, duality and test collapse against closed forms."""
 
 import math
 
@@ -28,8 +28,7 @@ def random_rows(K, D, seed=0):
 @pytest.fixture(params=[3, 2048])
 def tile(request, monkeypatch):
     """Every walk over pairs, in one block and in many."""
-    for module in (_tiles, metrics.nc2, metrics.uniformity):
-        monkeypatch.setattr(module, "TILE", request.param)
+    monkeypatch.setattr(_tiles, "TILE", request.param)
     return request.param
 
 
@@ -69,7 +68,7 @@ def test_riesz_energy_does_not_underflow_where_the_plain_one_does():
 def test_near_duplicates_keep_their_distance():
     X = torch.ones(3, 4, dtype=f64) * 1e3
     X[1, 0] += 1e-5
-    d = _tiles.squared_distances(X, X, 0)
+    ((_, _, d),) = _tiles.Pairs(X).distances()
     assert float(d[0, 1]) == pytest.approx(1e-10, rel=1e-6)
     assert float(d[0, 2]) == 0
     assert torch.isinf(d.diagonal()).all()
@@ -288,26 +287,3 @@ def test_strong_and_weak_collapse():
     swapped = FeatureSet(train.means, torch.tensor([1, 2, 3, 4, 0]), 5)
     assert float(metrics.weak_test_nc1(train, swapped)) < 1e-20
     assert metrics.strong_test_nc1(train, swapped.stats) > 0.1
-
-
-# --- depth --------------------------------------------------------------------------------------
-
-
-def test_separation_law_recovers_a_geometric_decay():
-    law = metrics.separation_law([8.0 * 0.5**i for i in range(6)])
-    assert law == pytest.approx({"slope": -math.log(2), "ratio": 0.5, "r2": 1.0})
-    rough = metrics.separation_law([8.0, 5.0, 1.0, 1.1])
-    slope, _ = np.polyfit(range(4), np.log([8.0, 5.0, 1.0, 1.1]), 1)
-    r = np.corrcoef(range(4), np.log([8.0, 5.0, 1.0, 1.1]))[0, 1]
-    assert rough["slope"] == pytest.approx(slope)
-    assert rough["r2"] == pytest.approx(r**2)
-    with pytest.raises(InputError, match="3 layers"):
-        metrics.separation_law([1.0, 0.0, 2.0])
-
-
-def test_effective_depth():
-    assert metrics.effective_depth([0.5, 0.2, 0.009, 0.0]) == 2
-    assert metrics.effective_depth({"a": 0.5, "b": 0.2}) == 2
-    assert metrics.effective_depth([0.5, 0.2], eps=0.2) == 1
-    with pytest.raises(InputError, match=r"\[0, 1\]"):
-        metrics.effective_depth([1.5])

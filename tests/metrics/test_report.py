@@ -13,7 +13,7 @@ from ncmethods.frames import simplex_etf
 from ncmethods.stats import ClassStats, rare_classes
 
 NC1 = {"nc1/pinv", "nc1/trace_ratio", "nc1/cdnv", "nc1/vci"}
-SCATTER = {"nc1/pinv", "nc1/vci"}
+SCATTER = {"nc1/pinv", "nc1/vci", "nc1/pinv/debiased"}
 
 
 def nc2(rows):
@@ -22,8 +22,10 @@ def nc2(rows):
 
 
 NC3 = {"nc3/self_duality", "nc3/cosine"}
+CLOSED = {f"nc1/{name}/debiased" for name in ("pinv", "trace_ratio", "cdnv")}
 NC4 = {"nc4/agreement", "nc4/ncc_accuracy"}
-RARE = {"angle/rare_means_min", "angle/rare_weight_min"}
+RARE_MEANS = {"angle/rare_means_min", "angle/rare_means_min/debiased"}
+RARE = RARE_MEANS | {"angle/rare_weight_min"}
 COUNTS = torch.tensor([900, 300, 50, 10, 5])
 
 
@@ -49,16 +51,16 @@ def test_the_keys_are_exactly_the_documented_ones(samples, head):
     stats, data = stats_of(*samples), FeatureSet(*samples, 5)
     means, weight = nc2("means"), nc2("weight")
     for keys, call in [
-        (NC1 | means, (stats,)),
-        (NC1 | means | {"nc4/ncc_accuracy"}, (data,)),
-        (NC1 | means | weight | NC3, (stats, head)),
-        (NC1 | means | weight | NC3 | NC4, (data, head)),
+        (NC1 | CLOSED | means, (stats,)),
+        (NC1 | CLOSED | means | {"nc4/ncc_accuracy"}, (data,)),
+        (NC1 | CLOSED | means | weight | NC3, (stats, head)),
+        (NC1 | CLOSED | means | weight | NC3 | NC4, (data, head)),
     ]:
         assert metrics.report(*call).keys() == keys
-        rare = {"angle/rare_means_min"} if len(call) == 1 else RARE
+        rare = RARE_MEANS if len(call) == 1 else RARE
         assert metrics.report(*call, counts=COUNTS).keys() == keys | rare
     flat = stats_of(*samples, scatter=False)
-    assert metrics.report(flat).keys() == (NC1 - SCATTER) | means
+    assert metrics.report(flat).keys() == ((NC1 | CLOSED) - SCATTER) | means
     unlabelled = FeatureSet(samples[0], None, 5)
     with pytest.raises(InputError, match="without labels"):
         metrics.report(unlabelled)
@@ -80,6 +82,10 @@ def test_the_values_are_those_of_the_functions(samples, head):
         "nc1/trace_ratio": metrics.trace_ratio(stats),
         "nc1/cdnv": metrics.cdnv(stats),
         "nc1/vci": metrics.vci(stats),
+        "nc1/pinv/debiased": metrics.debiased_nc1(stats),
+        "nc1/trace_ratio/debiased": metrics.debiased_trace_ratio(stats),
+        "nc1/cdnv/debiased": metrics.debiased_cdnv(stats),
+        "angle/rare_means_min/debiased": metrics.debiased_angle(stats, *rare),
         "nc3/self_duality": metrics.self_duality(W, M),
         "nc3/cosine": metrics.duality_cosine(W, M),
         "nc4/agreement": metrics.agreement(samples[0], logits, mu),
@@ -107,9 +113,11 @@ def test_weighting(samples):
     keep = (labels > 1) | (torch.arange(60) < 20)
     stats = stats_of(features[keep], labels[keep])
     by_class, by_sample = metrics.report(stats), metrics.report(stats, weighting="sample")
-    assert by_sample["nc1/pinv"] == float(metrics.nc1_pinv(stats, weighting="sample"))
+    assert by_sample["nc1/pinv"] == pytest.approx(
+        float(metrics.nc1_pinv(stats, weighting="sample")), rel=1e-12
+    )
     assert by_sample["nc1/pinv"] != by_class["nc1/pinv"]
-    assert by_sample["nc1/cdnv"] == by_class["nc1/cdnv"]
+    assert by_sample["nc1/cdnv"] == pytest.approx(by_class["nc1/cdnv"], rel=1e-12)
     assert "class-weighted Σ_B" in by_class.provenance
     assert "sample-weighted Σ_B" in by_sample.provenance
 
@@ -118,7 +126,7 @@ def test_provenance(samples):
     report = metrics.report(stats_of(*samples, layer="layer4"))
     assert report.provenance == (
         "NC1 pinv, sample-weighted Σ_W, class-weighted Σ_B, rank 4, raw features of layer4, "
-        "N = 60, 5 of 5 classes"
+        "N = 60, 5 of 5 classes, n_c ≥ 12"
     )
     unit = stats_of(F.normalize(samples[0]), samples[1], normalized=True)
     assert "unit features" in metrics.report(unit).provenance
@@ -131,7 +139,7 @@ def test_provenance(samples):
     narrow = ClassStats(5, 2).update(samples[0][:, :2], samples[1])
     assert "rank 2" in metrics.report(narrow).provenance
     flat = metrics.report(stats_of(*samples, scatter=False))
-    assert flat.provenance == "raw features, N = 60, 5 of 5 classes"
+    assert flat.provenance == "raw features, N = 60, 5 of 5 classes, n_c ≥ 12"
     for same in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
         assert (same, same.provenance) == (report, report.provenance)
 
@@ -140,9 +148,12 @@ def test_unit(samples):
     raw = stats_of(*samples)
     unit = stats_of(F.normalize(samples[0]), samples[1], normalized=True)
     report = metrics.report(raw, unit=unit)
-    assert report.keys() == NC1 | nc2("means") | {f"{k}/unit" for k in NC1 | nc2("means")}
+    plain = NC1 | nc2("means")
+    closed = {key.replace("/debiased", "/unit/debiased") for key in CLOSED}
+    assert report.keys() == plain | CLOSED | {f"{key}/unit" for key in plain} | closed
     alone = metrics.report(unit)
-    assert {k: report[f"{k}/unit"] for k in alone} == alone
+    assert {key: report[f"{key}/unit"] for key in plain} == {key: alone[key] for key in plain}
+    assert report["nc1/pinv/unit/debiased"] == alone["nc1/pinv/debiased"]
     assert report["nc1/cdnv/unit"] != report["nc1/cdnv"]
     with pytest.raises(InputError, match="normalized=True"):
         metrics.report(raw, unit=raw)
@@ -168,6 +179,8 @@ def test_rare_classes(samples, head):
             "angle/rare_means_min": float(metrics.min_angle(M[classes])),
             "angle/rare_weight_min": float(metrics.min_angle(W[classes])),
         }
+
+    RARE = {"angle/rare_means_min", "angle/rare_weight_min"}
 
     assert angles(counts=COUNTS) == of([3, 4])  # fewer than 20
     assert angles(counts=COUNTS * 100) == of([3, 4])  # the rarest third, at least two
@@ -198,7 +211,7 @@ def test_fewer_than_two_classes(samples, head):
     data = FeatureSet(features, labels, 5)
     assert metrics.report(data).keys() == set()
     assert metrics.report(data, head).keys() == nc2("weight")
-    assert metrics.report(data.stats).provenance == "raw features, N = 60, 1 of 5 classes"
+    assert metrics.report(data.stats).provenance == "raw features, N = 60, 1 of 5 classes, n_c ≥ 60"
 
 
 def test_report_before_update(head):
