@@ -15,6 +15,7 @@ _ROOMS = (
     "features",
     "frames",
     "heads",
+    "integrations",
     "losses",
     "metrics",
     "models",
