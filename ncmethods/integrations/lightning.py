@@ -35,8 +35,8 @@ def _callback() -> Any:
 class CollapseCallback(_callback()):  # type: ignore[misc]
     """Log the report of chosen layers once an epoch, from the forward passes that Lightning makes.
 
-    A :class:`ncmethods.metrics.Monitor` watches the LightningModule during the epoch; there is no extra pass.
-    At the end of the epoch the report over all ranks is logged with ``log_dict`` under
+    A :class:`ncmethods.metrics.Monitor` watches the LightningModule during the epoch; there is no
+    extra pass. At the end of the epoch the report over all ranks is logged with ``log_dict`` under
     ``<on>/<layer>/``, e.g. ``val/head/nc1/pinv``, and kept in ``last``. The batch must be
     ``(x, y, …)`` or a dict with labels; override ``labels_of`` for others. Of several validation
     loaders the first is measured. A DistributedSampler that repeats samples to even out the ranks

@@ -26,8 +26,8 @@ __all__ = ["CollapseMetric"]
 class CollapseMetric(Metric):  # type: ignore[misc]
     """Report of all features seen since the last reset, as a dictionary of float tensors.
 
-    ``update(features, labels)`` feeds one ClassStats; ``compute()`` is :func:`ncmethods.metrics.report` of
-    it. Across ranks the moments are summed, K·D + D² numbers whatever N is: ``dist_sync_fn`` is not
+    ``update(features, labels)`` feeds one ClassStats, and ``compute()`` is its
+    :func:`ncmethods.metrics.report`. Across ranks the moments are summed, K·D + D² numbers whatever N is: ``dist_sync_fn`` is not
     used, and nothing is gathered. ``forward`` adds the batch and returns the report of that batch
     alone, at the price of a report.
 
@@ -81,7 +81,7 @@ class CollapseMetric(Metric):  # type: ignore[misc]
         return {"stats": self.stats}
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: features [N, D] and labels [N], as in :meth:`ncmethods.stats.ClassStats.update`."""
+        """Add a batch: features [N, D] and labels [N], as ``ClassStats.update`` takes them."""
         self.stats.update(features, labels)
 
     def compute(self) -> dict[str, Tensor]:
