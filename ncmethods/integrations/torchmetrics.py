@@ -27,9 +27,9 @@ class CollapseMetric(Metric):  # type: ignore[misc]
     """Report of all features seen since the last reset, as a dictionary of float tensors.
 
     ``update(features, labels)`` feeds one ClassStats, and ``compute()`` is its
-    :func:`ncmethods.metrics.report`. Across ranks the moments are summed, K·D + D² numbers whatever N is: ``dist_sync_fn`` is not
-    used, and nothing is gathered. ``forward`` adds the batch and returns the report of that batch
-    alone, at the price of a report.
+    :func:`ncmethods.metrics.report`. Across ranks the moments are summed, K·D + D² numbers whatever
+    N is: ``dist_sync_fn`` is not used, and nothing is gathered. ``forward`` adds the batch and
+    returns the report of that batch alone, at the price of a report.
 
     The state stays float64. It is no buffer, so that DistributedDataParallel does not overwrite
     it, and is left out of ``state_dict`` until ``persistent(True)``.
