@@ -16,7 +16,7 @@ class variances and covariance in a second, NC4 in a third; pair measures in til
   peer's in float32. Each runs in a process of its own; memory is its peak resident set above what
   was resident with the statistic loaded.
 * pairs: CDNV and log energy at K = 30 000, D = 768. The peer walks in tiles and keeps the K × K
-  grid; beyond ``PEER_K`` classes its time is extrapolated as K² and its memory as 4K² bytes.
+  grid; beyond ``--peer-classes`` its time is extrapolated as K² and its memory as 4K² bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from ncmethods.features import accumulate, extract
 from ncmethods.stats import ClassStats
 
 SECTIONS = ("moments", "model", "measures", "pairs")
-PEER_K = 4000  # the largest K at which the peer's pair measures are run
 TILES = (16, 64, 256)  # the peer's tile sizes tried for pair measures; its README shows 64
 
 
@@ -334,7 +333,7 @@ def measures(nc: ModuleType, args: argparse.Namespace) -> None:
             a = apart(__file__, "ours", directory=directory, measure=name, **common)
             b = apart(
                 __file__, "peer", peer=args.peer, directory=directory, measure=name,
-                tile=64, **common,
+                tile=16, **common,
             )  # fmt: skip
             ours, peer = cell(a), cell(b)
             if name == SAME:
@@ -346,7 +345,7 @@ def measures(nc: ModuleType, args: argparse.Namespace) -> None:
         if args.svds:
             b = apart(
                 __file__, "peer", peer=args.peer, directory=directory, measure="NC1 by svds",
-                tile=64, threads=args.threads, repeats=1, limit=300,
+                tile=16, threads=args.threads, repeats=1, limit=300,
             )  # fmt: skip
             b = cell(b)
             rows.append(["NC1 by svds", "—", b[0], "—", "—", b[1], "—", b[2]])
@@ -359,7 +358,9 @@ def measures(nc: ModuleType, args: argparse.Namespace) -> None:
 
 
 def pairs(nc: ModuleType, args: argparse.Namespace) -> None:
-    D, sizes, most = (16, [100, 200], 100) if args.quick else (768, [2000, PEER_K, 30_000], PEER_K)
+    D, sizes, most = 768, [2000, 4000, 30_000], args.peer_classes
+    if args.quick:
+        D, sizes, most = 16, [100, 200], 100
     names, rows = ("CDNV", "log energy"), []
     last: dict[str, tuple[int, float]] = {}
     tiles: dict[str, int] = {}
@@ -394,7 +395,7 @@ def faults(nc: ModuleType) -> None:
     from faults import rows
 
     print("### Twelve faults\n")
-    table(["fault", "case", "peer", "ours", "truth", "peer"], list(rows(nc)))
+    table(["fault", "case", "peer", "ours", "truth", "the peer is"], list(rows(nc)))
 
 
 def main() -> None:
@@ -406,6 +407,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=50_000, help="rows of the moments")
     parser.add_argument("--images", type=int, default=1024, help="images of the ResNet-18")
+    parser.add_argument("--peer-classes", type=int, default=4000, help="largest K of its pairs")
     parser.add_argument("--svds", action="store_true", help="also the peer's svds NC1 (minutes)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script run?")
     parser.add_argument("--job", help=argparse.SUPPRESS)

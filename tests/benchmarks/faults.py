@@ -427,9 +427,8 @@ def absent(p: Peer) -> Iterator[Row]:
     }
     for what, (words, ours) in features.items():
         theirs = bool(re.search(words, source, re.IGNORECASE))
-        yield Row(
-            "12 absent", what, *("yes" if v else "no" for v in (theirs, ours)), "", not theirs
-        )
+        there = ("yes" if found else "no" for found in (theirs, ours))
+        yield Row("12 absent", what, *there, "—", "there" if theirs else "absent")
 
 
 CASES = (

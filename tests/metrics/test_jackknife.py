@@ -135,11 +135,7 @@ def test_errors_shrink_like_the_root_of_n():
 # Intervals of measures that truly sit at their lower bound 0 cannot cover it: an ETF's NC2.
 AT_BOUND = {"ETF, 50 each": "nc2/"}
 # Known to fall short; printed in docs/metrics/trust.md.
-SHORT = {
-    ("digits, 200 … 15", "nc1/pinv"),
-    ("digits, 200 … 15", "nc1/vci"),
-    ("no ETF, 200 … 15", "nc1/vci"),
-}
+SHORT = {("digits, 200 … 15", "nc1/vci"), ("no ETF, 200 … 15", "nc1/vci")}
 
 
 @pytest.mark.slow
