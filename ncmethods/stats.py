@@ -271,9 +271,13 @@ class ClassStats(nn.Module):
                 self._flush()
             self._pending_rows += len(z)
             target = self._pending
+        for rows, columns in self._blocks():
+            target[rows, columns].addmm_(z[:, rows].T, z[:, columns])
+
+    def _blocks(self) -> list[tuple[slice, slice]]:
+        """Block rows of the upper triangle: 36 of 64 blocks."""
         step = -(-self.dim // _BLOCKS) if self.dim >= 256 else self.dim
-        for i in range(0, self.dim, step):
-            target[i : i + step, i:].addmm_(z[:, i : i + step].T, z[:, i:])
+        return [(slice(i, i + step), slice(i, None)) for i in range(0, self.dim, step)]
 
     def _drain(self) -> None:
         """Sum what is staged and release the work buffers."""
@@ -485,10 +489,14 @@ class ClassStats(nn.Module):
 
     def _between(self, delta: Tensor, weight: Tensor) -> Tensor:
         """Σ_c w_c δ_c δ_cᵀ with the class weights of this statistic, [D, D]."""
+        Z = self._weighted(delta, weight)
+        return Z.T @ Z
+
+    def _weighted(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """Rows √w_c δ_c [K, D], with the class weights of this statistic."""
         if self._class_weight is not None:
             weight = weight * self._class_weight
-        Z = delta * weight.sqrt()[:, None]
-        return Z.T @ Z
+        return delta * weight.sqrt()[:, None]
 
     @_state
     def __add__(self, other: ClassStats | int) -> ClassStats:
@@ -612,7 +620,8 @@ class ClassStats(nn.Module):
             return self
         K, D = self.num_classes, self.dim
         home = self._counts.device
-        self._complete()
+        self._sum_stage()
+        self._flush()  # of the scatter the upper triangle is sent and mirrored when it is read
         nccl = dist.get_backend(group) == "nccl"
         wire = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -625,8 +634,11 @@ class ClassStats(nn.Module):
 
         delta = self._means - means
         parts = [self._trace + n_r * delta.square().sum(1)]
-        if self._within is not None:
-            parts.append((self._within + self._between(delta, n_r)).flatten())
+        blocks = self._blocks() if self._within is not None else []
+        Z = self._weighted(delta, n_r)
+        for rows, columns in blocks:
+            block = self._within[rows, columns]  # type: ignore[index]
+            parts.append(torch.addmm(block, Z[:, rows].T, Z[:, columns]).flatten())
         packed = torch.cat(parts).to(wire)
         dist.all_reduce(packed, group=group)
         packed = packed.to(home)
@@ -634,8 +646,11 @@ class ClassStats(nn.Module):
         self._counts, self._means = n.round().long(), means
         self._rejected = rejected.round().long()
         self._trace = packed[:K].clone()
-        if self._within is not None:
-            self._within = packed[K:].view(D, D).clone()
+        sent = torch.split(packed, [len(p) for p in parts])
+        for (rows, columns), values in zip(blocks, sent[1:]):
+            block = self._within[rows, columns]  # type: ignore[index]
+            block.copy_(values.view_as(block))
+            self._mirrored = False
         self._touched = self._reduced = True
         for part in self.parts:
             part.all_reduce(group)
