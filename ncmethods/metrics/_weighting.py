@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -92,8 +93,14 @@ def centred(stats: ClassStats, center: str = "class") -> Tensor:
 
 
 def _told(stats: ClassStats) -> bool:
-    """Whether any class has two samples: else nothing is known of variances."""
-    return stats.K_active < stats.N
+    """Whether any class has two samples; warns if not."""
+    told = stats.K_active < stats.N
+    if not told and stats.K_active > 1:
+        warnings.warn(
+            "No class has two samples: nothing is known of variances, and NC1 is NaN.",
+            stacklevel=4,
+        )
+    return told
 
 
 def variances(stats: ClassStats) -> Tensor:

@@ -146,6 +146,7 @@ def test_collapse_at_an_offset_is_tiny_and_not_negative():
     assert value(X, torch.arange(6).repeat_interleave(16), 6) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:No class has two samples")
 def test_ignored_labels_empty_classes_and_single_samples():
     X, y = cloud()
     whole = value(X, y)

@@ -631,6 +631,7 @@ def refusal(small_set: str) -> dict[str, str]:
     return out | dict.fromkeys(NC2 | DUALITY | RANKS, "unknown")
 
 
+@pytest.mark.filterwarnings("ignore:No class has two samples")
 @pytest.mark.parametrize("name", list(MEASURES))
 @pytest.mark.parametrize("small_set", SMALL)
 def test_sets_that_are_too_small(small_set, name):
