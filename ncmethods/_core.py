@@ -292,7 +292,18 @@ class Found(NamedTuple):
 
 
 # Attributes that hold the classifier in torchvision, timm and transformers, outermost first.
-_HOMES = ("head", "fc", "classifier", "heads", "last_linear", "output", "linear")
+_HOMES = (
+    "head",
+    "fc",
+    "classifier",
+    "heads",
+    "last_linear",
+    "output",
+    "linear",
+    "cls_classifier",
+    "classif",
+    "score",
+)
 
 
 def find_head(
@@ -300,9 +311,14 @@ def find_head(
 ) -> Found:
     """Find the classifier head of ``model``.
 
-    The order of search: ``name`` if given; a module with the Head protocol; the last ``nn.Linear``
-    under an attribute that usually holds the classifier (``fc``, ``classifier``, ``head``, …); a
-    model's only ``nn.Linear``, or the last layer of an ``nn.Sequential``.
+    The order of search: ``name`` if given; a module with the Head protocol; what a timm model
+    declares in ``pretrained_cfg``; the last ``nn.Linear``, or else pointwise ``nn.Conv2d``, under
+    an attribute that usually holds the classifier (``fc``, ``classifier``, ``head``, …); the last
+    layer with parameters of an ``nn.Sequential``; a model's only ``nn.Linear``, or the only one
+    with as many outputs as its ``num_classes`` or ``config.num_labels`` says. A module whose only
+    child with parameters is the network is looked through. Auxiliary classifiers (``aux…``) do not
+    count. Of classifiers whose logits the model averages it is the last that is not for
+    distillation.
 
     Args:
         model: any module, also compiled or wrapped by DDP.
@@ -312,42 +328,162 @@ def find_head(
     Raises:
         InputError: nothing fits, or several do; the message lists them.
     """
+    return find_heads(model, num_classes=num_classes, name=name)[0]
+
+
+def find_heads(
+    model: nn.Module, *, num_classes: int | None = None, name: str | None = None
+) -> list[Found]:
+    """The head of ``model`` as in :func:`find_head`, then those whose logits it averages with it.
+
+    Distilled transformers (DeiT, LeViT, …) average two classifiers, CrossViT one for each branch,
+    EfficientViM one for each stage; other models have one. With ``name`` it is that layer alone.
+
+    Raises:
+        InputError: as in :func:`find_head`.
+    """
     net = unwrap(model)
     modules: dict[str, nn.Module] = dict(net.named_modules())
     if name is not None:
         if name not in modules:
             fitting = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_head(m)]
             check_choice(name, fitting, "module name")
-        return Found(name, modules[name])
+        return [Found(name, modules[name])]
 
-    heads = [Found(n, m) for n, m in modules.items() if is_head(m)]
-    linears = [Found(n, m) for n, m in modules.items() if isinstance(m, nn.Linear)]
+    layers = [n for n, m in modules.items() if is_head(m) or _is_linear(m)]
+    layers = [n for n in layers if not _auxiliary_root(n)] or layers
     if num_classes is not None:
-        heads = [f for f in heads if _rows(f.module) == num_classes]
-        linears = [f for f in linears if _rows(f.module) == num_classes]
-    if len(heads) == 1:
-        return heads[0]
-    candidates = heads or linears
-    if not heads:
-        for home in _HOMES:
-            inside = [f for f in linears if f.name == home or f.name.startswith(f"{home}.")]
-            if inside:
-                return inside[-1]
-        if isinstance(net, nn.Sequential) and linears and linears[-1].module is net[-1]:
-            return linears[-1]
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        size = "" if num_classes is None else f" with {num_classes} outputs"
+        layers = [n for n in layers if _rows(modules[n]) == num_classes]
+    heads = [n for n in layers if is_head(modules[n])]
+    linears = heads or [n for n in layers if isinstance(modules[n], nn.Linear)]
+    declared = _declared(modules, layers)
+    main: str | None
+    if heads:
+        main = _not_distilled(heads)
+    elif declared:
+        main = _not_distilled(declared)
+    else:
+        said = _said_classes(net)
+        fitting = [n for n in linears if said is not None and _rows(modules[n]) == said]
+        only = linears if len(linears) == 1 else fitting
+        main = _at_home(modules, layers) or (only[0] if len(only) == 1 else None)
+    if main is not None:
+        group = declared if main in declared else []
+        group = [n for n in layers if n in group or _twins(n, main, modules)]
+        if not heads or {*heads} <= {*group, main}:
+            return [Found(n, modules[n]) for n in dict.fromkeys([main, *group])]
+    size = "" if num_classes is None else f" with {num_classes} outputs"
+    if not linears:
         raise InputError(
             f"No classifier head{size} found in {type(net).__name__}: it has no nn.Linear"
-            f"{size} and no ncmethods head. Pass name='…' to point at it."
+            f"{size} and no ncmethods head. Pass name='…' to point at it"
+            f"{': ' + _listed(modules, layers) if layers else ''}."
         )
-    listed = ", ".join(f"{f.name!r} {tuple(_shape(f.module))}" for f in candidates)
     raise InputError(
-        f"{len(candidates)} layers of {type(net).__name__} could be the classifier: {listed}. "
-        "Pick one with name='…'."
+        f"{len(linears)} layers of {type(net).__name__} could be the classifier: "
+        f"{_listed(modules, linears)}. Pick one with name='…'."
     )
+
+
+def find_auxiliary(model: nn.Module) -> list[tuple[str, Found]]:
+    """Auxiliary classifiers (inception, googlenet, VOLO): path of the whole branch, its classifier.
+
+    A branch is a module whose name begins with ``aux``, in any case.
+    """
+    modules = dict(unwrap(model).named_modules())
+    branches: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        root = _auxiliary_root(name)
+        if root and (is_head(module) or isinstance(module, nn.Linear)):
+            branches.setdefault(root, []).append(name)
+    picked = {r: [n for n in ns if is_head(modules[n])] or ns for r, ns in branches.items()}
+    return [(root, Found(names[-1], modules[names[-1]])) for root, names in picked.items()]
+
+
+def _auxiliary_root(name: str) -> str:
+    """The path up to a part that begins with ``aux``; empty if there is none."""
+    parts = name.split(".")
+    found = next((i for i, p in enumerate(parts) if p.lower().startswith("aux")), None)
+    return "" if found is None else ".".join(parts[: found + 1])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` maps features to scores: ``nn.Linear`` or a 1×1 convolution."""
+    pointwise = (
+        isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
+    )
+    return pointwise or isinstance(module, nn.Linear)
+
+
+def _declared(modules: Mapping[str, nn.Module], layers: list[str]) -> list[str]:
+    """The layers that a timm model, perhaps inside another, names as its classifier."""
+    for root, module in modules.items():
+        config = getattr(module, "pretrained_cfg", None)
+        names = config.get("classifier") if isinstance(config, Mapping) else None
+        found = []
+        for name in [names] if isinstance(names, str) else names or ():
+            path = f"{root}.{name}" if root else name
+            found += [n for n in layers if n == path or n.startswith(f"{path}.")][-1:]
+        if found:
+            return found
+    return []
+
+
+def _at_home(modules: Mapping[str, nn.Module], layers: list[str]) -> str | None:
+    """The layer where a classifier usually is: under a known attribute, or last in a Sequential."""
+    root = ""
+    while True:  # a wrapper such as a LightningModule with self.model
+        inner = [n for n, m in modules[root].named_children() if any(True for _ in m.parameters())]
+        path = f"{root}.{inner[0]}" if root and inner else "".join(inner[:1])
+        if len(inner) != 1 or path in layers:
+            break
+        root = path
+    start = f"{root}." if root else ""
+    homes = [start + home for home in _HOMES]
+    if isinstance(modules[root], nn.Sequential) and inner:
+        homes.append(start + inner[-1])
+    for home in homes:
+        inside = [n for n in layers if n == home or n.startswith(f"{home}.")]
+        last = ([n for n in inside if isinstance(modules[n], nn.Linear)] or inside)[-1:]
+        if last:
+            parent = last[0].rpartition(".")[0]
+            if isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)) and len(inside) > 1:
+                return None  # side by side, not one after the other
+            return last[0]
+    return None
+
+
+def _said_classes(net: nn.Module) -> int | None:
+    """The number of classes that a model notes down, if it does."""
+    for holder in (net, getattr(net, "config", None)):
+        for attribute in ("num_classes", "num_labels"):
+            K = getattr(holder, attribute, None)
+            if isinstance(K, int) and not isinstance(K, bool):
+                return K
+    return None
+
+
+def _not_distilled(names: list[str]) -> str:
+    """The last of averaged classifiers that does not learn from a teacher."""
+    return ([n for n in names if "dist" not in n] or names)[-1]
+
+
+def _twins(one: str, other: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether two classifiers differ in one part of their names, and there by distillation."""
+    a, b = one.split("."), other.split(".")
+    differ = [(p, q) for p, q in zip(a, b) if p != q]
+    return (
+        len(a) == len(b)
+        and len(differ) == 1
+        and any("dist" in p for p in differ[0])
+        and _rows(modules[one]) == _rows(modules[other])
+    )
+
+
+def _listed(modules: Mapping[str, nn.Module], names: list[str]) -> str:
+    """Names and shapes for a message, the last ten of them: a classifier is near the end."""
+    more = f"…, {len(names) - 10} before these, " if len(names) > 10 else ""
+    return more + ", ".join(f"{n!r} {tuple(_shape(modules[n]))}" for n in names[-10:])
 
 
 def _shape(module: nn.Module) -> torch.Size:
@@ -358,4 +494,6 @@ def _shape(module: nn.Module) -> torch.Size:
 
 
 def _rows(module: nn.Module) -> int:
-    return int(_shape(module)[0])
+    """K: a head may have several rows per class."""
+    K = getattr(module, "out_features", None)
+    return K if isinstance(K, int) else int(_shape(module)[0])

@@ -182,7 +182,11 @@ class Captured:
 def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     """Watch what the rows of the classifier act on, in forward passes made by any loop.
 
-    For a plain ``nn.Linear`` that is its input; for a head what its ``embed`` returns.
+    For a plain ``nn.Linear`` that is its input; for a head what its ``embed`` returns. Where the
+    classifier acts on maps [N, D, H, W] (the 1×1 convolution of squeezenet, or a head in its
+    place), D is its number of channels and the features are averaged over H and W. Of classifiers
+    whose logits the model averages (distilled DeiT, CrossViT, …) it is the one that ``find_head``
+    returns, so that its features and its rows belong together; ``name`` picks another.
     Works through DistributedDataParallel and ``torch.compile``; compiled code runs eagerly inside
     the block, since a compiled graph does not call hooks.
 
@@ -203,8 +207,9 @@ def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
             embed, before_us = head.embed, vars(head).get("embed")  # another capture's, perhaps
 
             def watched(*args: Any, **kwargs: Any) -> Tensor:
-                seen._features = embed(*args, **kwargs)
-                return seen._features
+                features: Tensor = embed(*args, **kwargs)
+                seen._features = _pooled(features)
+                return features
 
             head.embed = watched
             if before_us is None:
@@ -214,18 +219,24 @@ def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
         elif is_head(head):
 
             def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                seen._features = output
+                seen._features = _pooled(output)
 
             stack.callback(head.embed.register_forward_hook(after).remove)
         else:
 
             def before(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-                seen._features = args[0] if args else next(iter(kwargs.values()))
+                x = args[0] if args else next(iter(kwargs.values()))
+                seen._features = _pooled(x) if isinstance(head, nn.Conv2d) else x
 
             handle = head.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(_eager(model))
         yield seen
+
+
+def _pooled(features: Tensor) -> Tensor:
+    """[N, D] of maps [N, D, H, W], by the mean over positions; vectors and tokens as they are."""
+    return features.flatten(2).mean(2) if features.ndim > 3 else features
 
 
 def _eager(model: nn.Module) -> Any:
@@ -353,6 +364,12 @@ def _passes(
                 else:
                     assert seen is not None
                     features, logits = seen.features, _logits(out)
+                    if features.ndim > 2 and name is None:
+                        raise InputError(
+                            f"The classifier acts on features of shape {tuple(features.shape)} "
+                            "and the model pools its logits. Use Classifier.from_model(model), "
+                            "which pools first."
+                        )
                 yield check_features(features.flatten(1)), check_logits(logits), y
     finally:
         for module, training in modes.items():

@@ -6,24 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from ncmethods._core import check_num_classes
-from ncmethods.heads._base import make_neck, scaled_cosine
+from ncmethods.heads._base import ScaledHead, scaled_cosine, warn_low_scale
 
 __all__ = ["CosineHead", "cosine_head"]
 
 
-class CosineHead(nn.Module):
+class CosineHead(ScaledHead):
     """A classifier with learned rows whose logits are ``scale · cos(h, w_c)``.
 
     Args:
         in_features: width of the backbone.
         num_classes: K.
         dim: D of the rows; ``in_features`` if None.
-        neck: ``"bn"``, ``"linear"`` or None.
-        scale: factor on the cosines.
+        neck: ``"bn"``, ``"linear"``, ``"mlp"``, a module of your own, or None.
+        scale: factor on the cosines, positive.
+        learn_scale: train the scale; it starts at ``scale`` and stays positive.
         generator: CPU generator of the initial rows.
-    """
 
-    bias: None = None
+    Raises:
+        InputError: a bad number of classes, neck or scale.
+    """
 
     def __init__(
         self,
@@ -31,35 +33,26 @@ class CosineHead(nn.Module):
         num_classes: int,
         *,
         dim: int | None = None,
-        neck: str | None = None,
+        neck: str | nn.Module | None = None,
         scale: float = 30.0,
+        learn_scale: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        dim = in_features if dim is None else dim
-        self.in_features, self.out_features = in_features, check_num_classes(num_classes)
-        self.scale = float(scale)
-        self.neck = make_neck(neck, in_features, dim)
-        rows = torch.randn(num_classes, dim, generator=generator)
+        D = in_features if dim is None else dim
+        super().__init__(
+            in_features, num_classes, D, neck=neck, scale=scale, learn_scale=learn_scale
+        )
+        rows = torch.randn(num_classes, D, generator=generator)
         self.weight = nn.Parameter(nn.functional.normalize(rows, dim=1))
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features [N, D] of the backbone's output [N, in_features]."""
-        features: Tensor = self.neck(x)
-        return features
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [N, K] of features [N, D], float32 also under autocast."""
         return scaled_cosine(features, self.weight, self.scale, normalize=True, unit_rows=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, K] of the backbone's output [N, in_features]."""
-        return self.logits(self.embed(x))
-
     def extra_repr(self) -> str:
         """Shape and scale for ``print(model)``."""
         K, D = self.weight.shape
-        return f"{K} learned unit rows in R^{D}, scale={self.scale:.4g}"
+        return f"{K} learned unit rows in R^{D}, {self.scale_repr()}"
 
 
 def cosine_head(
@@ -67,8 +60,9 @@ def cosine_head(
     num_classes: int,
     *,
     dim: int | None = None,
-    neck: str | None = None,
+    neck: str | nn.Module | None = None,
     scale: float = 30.0,
+    learn_scale: bool = False,
     generator: torch.Generator | None = None,
 ) -> CosineHead:
     """Classifier head with logits ``scale · cos(h, w_c)`` and learned rows.
@@ -79,13 +73,25 @@ def cosine_head(
         in_features: width of the backbone.
         num_classes: K.
         dim: D of the rows; ``in_features`` if None.
-        neck: ``"bn"``, ``"linear"`` or None.
+        neck: ``"bn"``, ``"linear"``, ``"mlp"``, a module of your own, or None.
         scale: factor on the cosines; 30 in LDAM.
+        learn_scale: train the scale, from that value.
         generator: CPU generator of the initial rows.
+
+    Raises:
+        InputError: a bad number of classes, neck or scale.
 
     References:
         Cao et al., NeurIPS 2019, arXiv:1906.07413, §3.2 (unit features and rows).
     """
+    if not learn_scale:
+        warn_low_scale(check_num_classes(num_classes), scale)
     return CosineHead(
-        in_features, num_classes, dim=dim, neck=neck, scale=scale, generator=generator
+        in_features,
+        num_classes,
+        dim=dim,
+        neck=neck,
+        scale=scale,
+        learn_scale=learn_scale,
+        generator=generator,
     )

@@ -16,8 +16,10 @@ from ncmethods.heads import Classifier
 
 __all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
 
-_NOT_BUILDERS = ("find_head", "swap_head")
-HEADS = ("linear", *(n for n in heads.__all__ if n.endswith("_head") and n not in _NOT_BUILDERS))
+# No builders, or heads that a name and the loop alone do not serve: frame_head wants a frame, and
+# guided_head and class_mean_head are to be shown each batch (head.observe).
+_NOT_BY_NAME = {"find_head", "swap_head", "frame_head", "guided_head", "class_mean_head"}
+HEADS = ("linear", *(n for n in heads.__all__ if n.endswith("_head") and n not in _NOT_BY_NAME))
 
 
 @dataclass(frozen=True)

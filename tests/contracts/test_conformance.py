@@ -26,8 +26,55 @@ HEADS = {
     "etf_head-raw": partial(heads.etf_head, normalize=False, rotation="canonical"),
     "cosine_head": heads.cosine_head,
     "cosine_head-bn": partial(heads.cosine_head, neck="bn", dim=4),
+    "etf_head-mlp": partial(heads.etf_head, neck="mlp", learn_scale=True),
+    "etf_head-parameter": partial(heads.etf_head, as_parameter=True),
+    "cosine_head-scale": partial(heads.cosine_head, learn_scale=True),
+    "frame_head": partial(heads.frame_head, frame=frames.orthogonal_frame),
+    "rotated_head": heads.rotated_head,
+    "guided_head": heads.guided_head,
+    "class_mean_head": heads.class_mean_head,
+    "growing_head": heads.growing_head,
+    "multi_centre_head": heads.multi_centre_head,
+    "prime_head": heads.prime_head,
     "nn.Linear": nn.Linear,
 }
+
+
+def simplex(K):
+    return -1 / (K - 1)
+
+
+def zero(K):
+    return 0.0
+
+
+def free(K):
+    return None
+
+
+# Frames: how to build them, the cosine of every pair, and sizes (K, D).
+SEARCH = {"steps": 30, "restarts": 2, "cache": False}
+CODES = [(2, 1), (5, 4), (9, 6), (12, 6), (7, 2), (9, 3)]
+WIDE = [(2, 2), (10, 64), (100, 128)]
+FRAMES = {
+    "simplex_etf": (frames.simplex_etf, simplex, [*WIDE, (2, 1), (5, 4)]),
+    "simplex_etf-canonical": (partial(frames.simplex_etf, rotation="canonical"), simplex, WIDE),
+    "sparse_etf": (frames.sparse_etf, simplex, [(10, 64)]),
+    "orthogonal_frame": (frames.orthogonal_frame, zero, WIDE),
+    "orthogonal_frame-canonical": (
+        partial(frames.orthogonal_frame, rotation="canonical"),
+        zero,
+        WIDE,
+    ),
+    "nonnegative_orthogonal": (frames.nonnegative_orthogonal, zero, WIDE),
+    "hadamard": (frames.hadamard, zero, WIDE),
+    "orthoplex": (frames.orthoplex, free, CODES[:4]),
+    "spread": (partial(frames.spread, **SEARCH), free, CODES),
+    "softmax_code": (partial(frames.softmax_code, **SEARCH), free, CODES),
+    "hierarchical": (partial(frames.hierarchical, groups=[0, 0, 1, 1, 2]), free, [(5, 4), (5, 9)]),
+    "multi_centre": (partial(frames.multi_centre, centres=3), free, [(2, 5), (4, 16)]),
+}
+NOT_FRAMES = {"assign", "nearest_etf"}
 LOSSES = {
     "dot_regression": losses.dot_regression,
     "dot_regression-none": partial(losses.dot_regression, balance="none"),
@@ -113,23 +160,31 @@ def bases(table):
 def test_nothing_that_a_room_exports_is_left_out():
     builders = {name for name in heads.__all__ if name.endswith("_head")}
     assert builders - {"find_head", "swap_head"} == bases(HEADS) - {"nn.Linear"}
+    assert set(frames.__all__) == bases(FRAMES) | NOT_FRAMES
     assert set(losses.__all__) == bases(LOSSES) | NOT_LOSSES
     assert set(metrics.__all__) == bases(METRICS) | NOT_SCALAR
 
 
-@pytest.mark.parametrize("rotation", ["haar", "canonical"])
+@pytest.mark.parametrize("name", FRAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_frames(rotation, dtype):
-    for K, D in [(2, 2), (10, 64), (100, 128)]:
-        options = {"rotation": rotation, "dtype": dtype}
-        check_frame(frames.simplex_etf(K, D, **options), cosine=-1 / (K - 1))
-        check_frame(frames.orthogonal_frame(K, D, **options), cosine=0.0)
+def test_frames(name, dtype):
+    build, cosine, sizes = FRAMES[name]
+    for K, D in sizes:
+        frame = build(K, D, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        check_frame(frame, cosine=cosine(K))
+        assert frame.dtype == dtype
+        assert frame.shape[1] == D
+        torch.manual_seed(0)
+        assert torch.equal(build(K, D, dtype=dtype), frame)  # the global generator serves as well
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("K", "D"), [(2, 1), (5, 4), (9, 6), (12, 6), (7, 2), (9, 3)])
-def test_softmax_codes(K, D, dtype):
-    check_frame(frames.softmax_code(K, D, steps=50, dtype=dtype))
+def test_frame_builders_have_one_signature():
+    for name in set(frames.__all__) - NOT_FRAMES:
+        parameters = inspect.signature(getattr(frames, name)).parameters
+        assert list(parameters)[:2] == ["num_classes", "dim"]
+        assert list(parameters)[-2:] == ["generator", "dtype"]
+        assert parameters["dtype"].default is torch.float32
+        assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[2:])
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -192,7 +192,7 @@ def test_named_files_exist(page):
 def test_named_attributes_exist(page):
     """`heads.etf_head` and the like, in running text, are names that can be imported."""
     rooms = "data|features|frames|heads|losses|metrics|models|stats|testing|tracking|training|viz"
-    for room, name in re.findall(rf"`(?:ncmethods\.)?({rooms})\.(\w+)[`(]", prose(page)):
+    for room, name in re.findall(rf"`(?:ncmethods\.)?({rooms})\.([a-z]\w*)[`(]", prose(page)):
         module = importlib.import_module(f"ncmethods.{room}")
         known = hasattr(module, name) or (room == "stats" and hasattr(ClassStats, name))
         assert known or name == "jsonl", f"{name_of(page)} names {room}.{name}"

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ncmethods._core import InputError, NCError
-from ncmethods.frames import _search_code, orthogonal_frame, simplex_etf, softmax_code
-from ncmethods.metrics.margin import one_vs_rest_margin
+from ncmethods.frames import orthogonal_frame, simplex_etf, sparse_etf
 from ncmethods.testing import check_frame
 
 SIZES = [(2, 1), (2, 7), (3, 2), (10, 9), (10, 10), (10, 64), (100, 99), (1000, 1024)]
@@ -131,8 +130,14 @@ def test_haar_does_not_lean_on_the_ones_direction():
 def test_errors_name_the_way_out():
     assert issubclass(InputError, NCError)
     assert issubclass(NCError, ValueError)
-    with pytest.raises(InputError, match=r"needs dim ≥ 9, got 8.*cosine_head"):
+    with pytest.raises(
+        InputError, match=r"needs dim ≥ 9, got 8.*cosine_head.*spread, or orthoplex"
+    ):
         simplex_etf(10, 8)
+    with pytest.raises(
+        InputError, match=r"needs dim ≥ 9, got 4.*In 4 dim.*softmax_code and spread.$"
+    ):
+        simplex_etf(10, 4)
     with pytest.raises(InputError, match=r"canonical .* needs dim ≥ 10, got 9.*rotation='haar'"):
         simplex_etf(10, 9, rotation="canonical")
     with pytest.raises(InputError, match=r"needs dim ≥ 10, got 9.*simplex_etf"):
@@ -145,142 +150,46 @@ def test_errors_name_the_way_out():
                 build(bad, 5)
 
 
-# --- more classes than D + 1 --------------------------------------------------------------------
-
-
-def max_cosine(frame):
-    frame = frame.double()
-    return float((frame @ frame.T).fill_diagonal_(-2).max())
-
-
-def code(K, D, *, seed=0, dtype=torch.float64, **options):
-    return softmax_code(K, D, generator=seeded(seed), dtype=dtype, **options)
-
-
-@pytest.mark.parametrize(("K", "D"), [(2, 1), (2, 5), (4, 3), (10, 64)])
-def test_code_is_the_simplex_where_there_is_one(K, D):
-    assert torch.equal(code(K, D), simplex_etf(K, D, generator=seeded(0), dtype=torch.float64))
-
-
-@pytest.mark.parametrize("K", [5, 6, 17])
-def test_code_in_the_plane_is_the_regular_polygon(K):
-    frame = code(K, 2)
-    assert max_cosine(frame) == pytest.approx(math.cos(2 * math.pi / K), abs=1e-12)
-    assert float(one_vs_rest_margin(frame)) == pytest.approx(1 - math.cos(2 * math.pi / K))
-    assert not torch.equal(frame, code(K, 2, seed=1))  # rotated by the generator
+# --- zeros -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("K", "D"), [(4, 2), (5, 3), (6, 3), (8, 6), (12, 10), (20, 10), (100, 50)]
+    ("K", "D", "sparsity"),
+    [(2, 5, 0.0), (3, 2, 0.0), (10, 16, 0.4), (10, 64, 0.6), (10, 64, 0.65), (40, 128, 0.6)],
 )
-def test_code_up_to_twice_the_dimension(K, D):
-    """Margin 1 is the most: for K ≥ D + 2 some row has the hull's nearest point in the others'."""
-    frame = code(K, D)
-    assert float(one_vs_rest_margin(frame)) == pytest.approx(1, abs=1e-8)
-    assert max_cosine(frame) == pytest.approx(0, abs=1e-12)
+def test_sparse_simplex_is_exact_and_has_its_zeros(K, D, sparsity):
+    frame = sparse_etf(K, D, sparsity=sparsity, generator=seeded(0), dtype=torch.float64)
+    check_frame(frame, cosine=-1 / (K - 1))
+    assert int((frame == 0).sum()) == round(sparsity * K * D)
+    zeros = (frame == 0).sum(0)
+    assert int(zeros.max() - zeros.min()) <= 1  # even over the columns
     assert float(frame.sum(0).abs().max()) < 1e-12
-    gram = frame @ frame.T
-    antipodal = (gram < -1 + 1e-12).sum(1) == 1  # the pairs; a simplex of two rows is one more
-    n = 2 * D - K + 2
-    assert int(antipodal.sum()) == K - n * (n > 2)
-    simplex = gram[:n, :n]
-    torch.testing.assert_close(simplex, simplex_gram(n), rtol=0, atol=1e-12)
-    assert float(gram[:n, n:].abs().sum()) < 1e-9
+    single = sparse_etf(K, D, sparsity=sparsity, generator=seeded(0))
+    assert torch.equal(single, frame.float())
+    assert not torch.equal(single, sparse_etf(K, D, sparsity=sparsity, generator=seeded(1)))
 
 
-def test_code_of_one_simplex_beats_the_axes_under_cross_entropy():
-    """All codes of margin 1 tie in the limit; at a finite scale ours loses least."""
-    K, D, scale = 8, 6, 12.0
-
-    def loss(rows):
-        return float((scale * (rows @ rows.T - 1)).logsumexp(1).mean())
-
-    axes = torch.cat((torch.eye(D), -torch.eye(D)[: K - D])).double()
-    thirds = torch.block_diag(*[simplex_etf(4, 3, dtype=torch.float64)] * 2)
-    for other in (axes, thirds):
-        assert float(one_vs_rest_margin(other)) == pytest.approx(1, abs=1e-8)
-        assert loss(code(K, D)) < loss(other)
-    assert loss(code(12, 6)) == pytest.approx(
-        loss(torch.cat((torch.eye(D), -torch.eye(D))).double())
-    )
+def test_two_entries_a_column_are_the_edges_of_a_graph():
+    """Columns a(e_i − e_j): the Gram matrix is a graph Laplacian, that of all pairs alike."""
+    K, D = 4, 40
+    frame = sparse_etf(K, D, sparsity=0.5, generator=seeded(0), dtype=torch.float64)
+    pairs = {}
+    for column in frame.T:
+        i, j = column.nonzero()[:, 0].tolist()
+        assert column[i] == pytest.approx(-column[j])
+        pairs[i, j] = pairs.get((i, j), 0) + float(column[i]) ** 2
+    assert len(pairs) == 6
+    assert all(size == pytest.approx(1 / (K - 1)) for size in pairs.values())
 
 
-@pytest.mark.parametrize(
-    ("K", "D", "cosine"),
-    [
-        # What is known in closed form, here found by search:
-        (4, 3, -1 / 3),  # simplex
-        (5, 2, math.cos(2 * math.pi / 5)),  # pentagon
-        (6, 3, 0),  # octahedron
-        # H. Cohn, table of spherical codes (cohn.mit.edu/spherical-codes), proven optimal:
-        (7, 3, 0.2101383127),
-        (8, 3, 0.2612038750),
-        (9, 3, 1 / 3),
-        (10, 3, 0.4043943252),
-        (12, 3, 1 / math.sqrt(5)),  # icosahedron
-        (16, 5, 1 / 5),  # Clebsch: universally optimal, Cohn and Kumar, arXiv:math/0607446
-        (27, 6, 1 / 4),  # Schläfli, the same table
-    ],
-)
-def test_search_finds_known_optima(K, D, cosine):
-    frame = _search_code(K, D, 600, 8, seeded(0))
-    assert max_cosine(frame) == pytest.approx(cosine, abs=1e-3)
-    # A code without loose rows has w_k as its own best direction: the margin is 1 − max cos.
-    assert float(one_vs_rest_margin(frame)) == pytest.approx(1 - cosine, abs=1e-3)
-
-
-def test_search_needs_restarts_for_the_24_cell():
-    """Most starts end at 0.483; the 24-cell has margin 1/2."""
-    frame = code(24, 4, steps=1000)
-    assert max_cosine(frame) == pytest.approx(0.5, abs=1e-3)
-    assert float(one_vs_rest_margin(frame)) == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize(("K", "D", "cosine"), [(40, 10, 1 / 6), (100, 32, 0.081)])
-def test_search_reaches_the_annealed_values(K, D, cosine):
-    frame = code(K, D, steps=800, restarts=1)
-    assert max_cosine(frame) < cosine + 1e-3
-    assert max_cosine(frame) > cosine - 0.01
-    margin = float(one_vs_rest_margin(frame))
-    assert margin >= 1 - max_cosine(frame) - 1e-8  # w_k itself is a direction
-    assert margin <= 1  # as for every K ≥ D + 2
-
-
-@pytest.mark.parametrize(("K", "D"), [(4, 3), (8, 6), (5, 2), (9, 3)])
-def test_code_is_a_frame_and_the_seed_decides(K, D):
-    options = {"steps": 30, "restarts": 2}
-    for dtype in (torch.float32, torch.float64):
-        check_frame(code(K, D, dtype=dtype, **options))
-    frame = code(K, D, **options)
-    assert frame.shape == (K, D)
-    assert torch.equal(frame, code(K, D, **options))
-    assert not torch.equal(frame, code(K, D, seed=1, **options))
-    assert torch.equal(frame.float(), code(K, D, dtype=torch.float32, **options))
-    with torch.inference_mode():
-        assert torch.equal(frame, code(K, D, **options))
-    state = torch.get_rng_state()
-    code(K, D, **options)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_search_returns_the_best_start_and_gains_by_steps():
-    K, D = 32, 6  # K·D is a multiple of 16: torch then draws the same numbers in any split
-    margins = [float(one_vs_rest_margin(code(K, D, steps=n, restarts=4))) for n in (20, 80, 400)]
-    assert margins == sorted(margins)
-    generator = seeded(0)
-    alone = [_search_code(K, D, 80, 1, generator) for _ in range(4)]
-    frame = code(K, D, steps=80, restarts=4)
-    assert min(float((frame - one).abs().max()) for one in alone) < 1e-6
-    assert margins[1] > max(float(one_vs_rest_margin(one)) for one in alone) - 1e-3
-
-
-def test_code_errors_name_the_way_out():
-    with pytest.raises(InputError, match=r"two unit rows, got num_classes = 3.*dim ≥ 2"):
-        softmax_code(3, 1)
-    for bad in (1, 0, 2.0, True, "10"):
-        with pytest.raises(InputError, match="num_classes must be an integer ≥ 2"):
-            softmax_code(bad, 5)
-    for name in ("dim", "steps", "restarts"):
-        for bad in (0, -1, 2.0, True):
-            with pytest.raises(InputError, match=f"{name} must be an integer ≥ 1"):
-                softmax_code(**{"num_classes": 9, "dim": 3, name: bad})
+def test_sparse_errors_name_the_way_out():
+    with pytest.raises(InputError, match="needs dim ≥ 9, got 8"):
+        sparse_etf(10, 8)
+    for bad in (1.0, -0.1):
+        with pytest.raises(InputError, match=r"sparsity must lie in \[0, 1\)"):
+            sparse_etf(10, 64, sparsity=bad)
+    # 100 · 512 entries: 512 sums and 4950 products are given.
+    with pytest.raises(InputError, match=r"5120 free .* at least 5462 in all.*sparsity ≤ 0\.893"):
+        sparse_etf(100, 512, sparsity=0.9)
+    with pytest.raises(InputError, match=r"still off by .* after 200 steps.*Lower sparsity"):
+        sparse_etf(10, 64, sparsity=0.8, steps=200, generator=seeded(0))  # misses some pairs

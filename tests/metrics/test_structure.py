@@ -82,6 +82,7 @@ def test_group_collapse_matches_numpy_and_scikit_learn():
     assert found["norm_frequency"] == pytest.approx(rho, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:No class has two samples")
 def test_group_collapse_properties():
     X, roles = draw(40, 6), torch.arange(40) % 3
     frequency = torch.arange(1, 41)

@@ -117,7 +117,9 @@ def test_the_seed_alone_decides(head):
 
 def test_every_builder_is_a_head_that_can_be_named():
     builders = {n for n in heads.__all__ if n.endswith("_head")} - {"find_head", "swap_head"}
-    assert set(HEADS) == builders | {"linear"}
+    assert set(HEADS) == builders - {"frame_head", "guided_head", "class_mean_head"} | {"linear"}
+    with pytest.raises(InputError, match="Unknown head 'guided_head'"):
+        build_model(ModelConfig("small_cnn", 1, K, "guided_head"))
 
 
 def test_head_arguments():
