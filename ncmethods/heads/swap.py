@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ncmethods._core import InputError, find_auxiliary, find_heads, unwrap
+from ncmethods.heads.fixed import FixedHead
 
 __all__ = ["HeadLike", "build_head", "swap_head", "warn_relu"]
 
@@ -183,12 +184,11 @@ def warn_relu(net: nn.Module, head: nn.Module, path: str) -> None:
         head: the new one.
         path: dotted name of the old one.
     """
-    weight = head.weight if isinstance(getattr(head, "neck", None), nn.Identity) else None
-    if not isinstance(weight, Tensor) or weight.requires_grad or weight.is_meta:
+    if not isinstance(head, FixedHead) or not isinstance(head.neck, nn.Identity):
         return
-    if not _ends_in_relu(net, path):
+    rows = head.weight.detach()
+    if rows.is_meta or not _ends_in_relu(net, path):
         return
-    rows = weight.detach()
     cap = torch.linalg.vector_norm(rows.clamp(min=0), dim=1) / torch.linalg.vector_norm(rows, dim=1)
     if float(cap.min()) < 0.95 * math.sqrt(1 - 1 / len(rows)):
         warnings.warn(
