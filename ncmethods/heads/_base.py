@@ -129,7 +129,45 @@ def check_scale(scale: float) -> float:
     return value
 
 
-def warn_low_scale(num_classes: int, scale: float) -> None:
+def builder_scale(
+    scale: float | None,
+    num_classes: int,
+    *,
+    normalize: bool = True,
+    quiet: bool = False,
+    frame: Tensor | None = None,
+) -> float:
+    """The scale that a builder gives its head: ``scale``, or the default where it is None.
+
+    The default is :func:`frame_scale` of ``frame``, :func:`default_scale` without one, and 1 where
+    features are not normalised. A given scale warns where it is too small, unless ``quiet``. Call
+    it from the builder itself: the warning points at the line that called that.
+    """
+    K = check_num_classes(num_classes)
+    if scale is not None:
+        if normalize and not quiet:
+            warn_low_scale(K, scale, stacklevel=4)
+        return scale
+    if not normalize:
+        return 1.0
+    return default_scale(K) if frame is None else frame_scale(frame)
+
+
+def check_rows(frame: Tensor) -> Tensor:
+    """Return ``frame`` if it is a finite floating [K, D] matrix; meta tensors have no values."""
+    if (
+        frame.ndim != 2
+        or not frame.is_floating_point()
+        or not (frame.is_meta or bool(frame.isfinite().all()))
+    ):
+        raise InputError(
+            "frame must be a finite floating [K, D] matrix of rows, got "
+            f"{frame.dtype} {tuple(frame.shape)}."
+        )
+    return frame
+
+
+def warn_low_scale(num_classes: int, scale: float, *, stacklevel: int = 3) -> None:
     """Warn when ``scale`` leaves even perfect collapse unsure.
 
     The rule: the floor of cross-entropy exceeds log 2 (the true class gets p < 1/2), or, for two
@@ -142,7 +180,7 @@ def warn_low_scale(num_classes: int, scale: float) -> None:
             f"rows, cross-entropy cannot fall below {floor:.3f} (p = {math.exp(-floor):.3f} at "
             f"perfect collapse). scale={default_scale(num_classes):.3g} reaches p = 0.99 on a "
             "simplex ETF.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

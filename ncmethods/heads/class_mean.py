@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncmethods._core import check_num_classes
-from ncmethods.heads._base import (
-    ScaledHead,
-    _unit,
-    default_scale,
-    scaled_cosine,
-    warn_low_scale,
-)
-from ncmethods.heads.guided import check_momentum, moving_means
+from ncmethods.heads._base import _unit, builder_scale
+from ncmethods.heads.guided import FollowingHead, check_momentum
 
 __all__ = ["ClassMeanHead", "class_mean_head"]
 
 
-class ClassMeanHead(ScaledHead):
+class ClassMeanHead(FollowingHead):
     """A classifier whose rows are the directions of moving class means of unit features.
 
     Call ``head.observe(features, labels)`` after the forward pass of a training step, or score with
@@ -43,9 +36,6 @@ class ClassMeanHead(ScaledHead):
         InputError: a neck, scale or momentum that does not fit.
     """
 
-    weight: Tensor
-    means: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -67,40 +57,12 @@ class ClassMeanHead(ScaledHead):
         self.register_buffer("weight", _unit(torch.randn(num_classes, dim, generator=generator)))
         self.register_buffer("means", torch.full_like(self.weight, torch.nan))
 
-    @torch.no_grad()
-    def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Move the class means towards those of a batch, and the rows with them.
-
-        Does nothing in eval mode. Every rank must call it.
-
-        Args:
-            features: [N, D], what ``embed`` returned.
-            labels: [N] int64; negative ones are left out.
-
-        Raises:
-            InputError: another D, or labels that do not fit.
-        """
-        if not self.training:
-            return
-        self.means = moving_means(
-            self.means, features, labels, momentum=self.momentum, normalize=True
-        )
+    def _follow(self, features: Tensor, labels: Tensor) -> Tensor:
+        self.means = self.moved(features, labels)
         rows = self.means - self.means.nanmean(0) if self.center else self.means
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         self.weight = torch.where(length > 0, rows / length, self.weight)  # NaN: never seen
-
-    def logits(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [N, K] of features [N, D], float32 also under autocast.
-
-        With ``labels``, in training mode, the head observes the batch first.
-        """
-        if labels is not None:
-            self.observe(features, labels)
-        return scaled_cosine(features, self.weight, self.scale, normalize=True, unit_rows=False)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``logits(embed(x), labels)`` of the backbone's output [N, in_features]."""
-        return self.logits(self.embed(x), labels)
+        return self.weight
 
     def extra_repr(self) -> str:
         """Shape and geometry for ``print(model)``."""
@@ -146,10 +108,7 @@ def class_mean_head(
     References:
         Jiang et al., ICML 2024, arXiv:2310.05351 (class-mean features as the classifier).
     """
-    if scale is None:
-        scale = default_scale(num_classes)
-    elif not learn_scale:
-        warn_low_scale(check_num_classes(num_classes), scale)
+    scale = builder_scale(scale, num_classes, quiet=learn_scale)
     return ClassMeanHead(
         in_features,
         num_classes,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncmethods._core import check_num_classes
-from ncmethods.heads._base import ScaledHead, scaled_cosine, warn_low_scale
+from ncmethods.heads._base import ScaledHead, builder_scale, scaled_cosine
 
 __all__ = ["CosineHead", "cosine_head"]
 
@@ -84,8 +83,7 @@ def cosine_head(
     References:
         Cao et al., NeurIPS 2019, arXiv:1906.07413, §3.2 (unit features and rows).
     """
-    if not learn_scale:
-        warn_low_scale(check_num_classes(num_classes), scale)
+    scale = builder_scale(scale, num_classes, quiet=learn_scale)
     return CosineHead(
         in_features,
         num_classes,

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from ncmethods._core import InputError, check_counts, check_num_classes
 from ncmethods.frames import simplex_etf
-from ncmethods.heads._base import (
-    ScaledHead,
-    default_scale,
-    frame_scale,
-    scaled_cosine,
-    warn_low_scale,
-)
+from ncmethods.heads._base import ScaledHead, builder_scale, check_rows, scaled_cosine
 
 __all__ = ["FixedHead", "class_lengths", "etf_head", "frame_head"]
 
@@ -56,16 +50,7 @@ class FixedHead(ScaledHead):
         learn_scale: bool = False,
         as_parameter: bool = False,
     ) -> None:
-        if (
-            frame.ndim != 2
-            or not frame.is_floating_point()
-            or not (frame.is_meta or bool(frame.isfinite().all()))
-        ):
-            raise InputError(
-                "frame must be a finite floating [K, D] matrix of rows, got "
-                f"{frame.dtype} {tuple(frame.shape)}."
-            )
-        K, D = frame.shape
+        K, D = check_rows(frame).shape
         super().__init__(in_features, K, D, neck=neck, scale=scale, learn_scale=learn_scale)
         self.normalize = normalize
         rows = frame.detach().clone()
@@ -165,10 +150,8 @@ def etf_head(
         generator=generator,
         dtype=torch.get_default_dtype(),
     )
-    if scale is None:
-        scale = default_scale(num_classes) if normalize else 1.0
-    elif normalize and not learn_scale and lengths is None:
-        warn_low_scale(num_classes, scale)
+    quiet = learn_scale or lengths is not None
+    scale = builder_scale(scale, num_classes, normalize=normalize, quiet=quiet)
     return FixedHead(
         _stretch(frame, lengths),
         in_features,
@@ -228,10 +211,8 @@ def frame_head(
             f"The frame must be [num_classes, dim] = {(K, D)}, got {tuple(rows.shape)}."
         )
     rows = _unit_frame(rows).to(torch.get_default_dtype())
-    if scale is None:
-        scale = frame_scale(rows) if normalize else 1.0
-    elif normalize and not learn_scale and lengths is None:
-        warn_low_scale(K, scale)
+    quiet = learn_scale or lengths is not None
+    scale = builder_scale(scale, K, normalize=normalize, quiet=quiet, frame=rows)
     return FixedHead(
         _stretch(rows, lengths),
         in_features,

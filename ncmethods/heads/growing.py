@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ncmethods._core import InputError, check_labels
 from ncmethods.frames import assign, simplex_etf
-from ncmethods.heads._base import channel_axis, default_scale, warn_low_scale
+from ncmethods.heads._base import builder_scale, channel_axis
 from ncmethods.heads.fixed import FixedHead
 
 __all__ = ["GrowingHead", "growing_head"]
@@ -189,10 +189,7 @@ def growing_head(
         generator=generator,
         dtype=torch.get_default_dtype(),
     )
-    if scale is None:
-        scale = default_scale(num_classes) if normalize else 1.0
-    elif normalize and not learn_scale:
-        warn_low_scale(num_classes, scale)
+    scale = builder_scale(scale, num_classes, normalize=normalize, quiet=learn_scale)
     return GrowingHead(
         frame,
         in_features,

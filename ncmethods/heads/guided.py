@@ -11,78 +11,31 @@ from ncmethods.frames import nearest_etf, simplex_etf
 from ncmethods.heads._base import (
     ScaledHead,
     _unit,
+    builder_scale,
     channel_axis,
-    default_scale,
     scaled_cosine,
-    warn_low_scale,
 )
 
 __all__ = ["GuidedHead", "guided_head"]
 
 
-class GuidedHead(ScaledHead):
-    """A classifier whose rows are the simplex ETF nearest to moving class means.
-
-    Nobody but the labels knows the class means, so the head is told about them: either
-    ``head.observe(features, labels)`` after a training step's forward pass, which any loop can do,
-    or ``head(x, labels)`` and ``head.logits(features, labels)``, which look before they score. In
-    eval mode both leave the rows as they are; without labels it is a fixed head.
+class FollowingHead(ScaledHead):
+    """What the heads share whose rows follow moving class means.
 
     The state lies in two buffers: ``weight`` [K, D], and ``means`` [K, D], the moving averages, NaN
     for a class that was never seen. They are replaced, not written to, so a backward pass that is
-    still to come is not disturbed. On several ranks the sums of the batch are all-reduced. The
-    forward pass without labels compiles in one graph; call ``observe`` outside of it.
-
-    Args:
-        in_features: width of the backbone.
-        num_classes: K.
-        dim: D of the rows; ``in_features`` if None. Must be at least K − 1.
-        neck: ``"bn"``, ``"linear"``, ``"mlp"``, a module of your own, or None.
-        normalize: scale features to unit norm, before they are averaged and scored.
-        scale: factor on the logits, positive.
-        learn_scale: train the scale; it starts at ``scale`` and stays positive.
-        momentum: share of the old means in the new, in [0, 1).
-        pull: δ ≥ 0, how strongly the rows are held to the last ones.
-        differentiable: ``logits(features, labels)`` has a gradient through the rows too.
-        generator: CPU generator of the ETF that training starts from.
-
-    Raises:
-        InputError: dim < K − 1, or a value out of its range.
+    still to come is not disturbed. On several ranks the sums of the batch are all-reduced.
     """
 
     weight: Tensor
     means: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        dim: int | None = None,
-        neck: str | nn.Module | None = "bn",
-        normalize: bool = True,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        momentum: float = 0.9,
-        pull: float = 1e-3,
-        differentiable: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if not 0 <= pull < float("inf"):
-            raise InputError(f"pull must be a finite number ≥ 0, got {pull}.")
-        dim = in_features if dim is None else dim
-        frame = simplex_etf(num_classes, dim, generator=generator, dtype=torch.get_default_dtype())
-        super().__init__(
-            in_features, num_classes, dim, neck=neck, scale=scale, learn_scale=learn_scale
-        )
-        self.normalize, self.pull, self.differentiable = normalize, float(pull), differentiable
-        self.momentum = check_momentum(momentum)
-        self.register_buffer("weight", frame)
-        self.register_buffer("means", torch.full_like(frame, torch.nan))
+    momentum: float
+    normalize = True
+    differentiable = False
 
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Move the means towards those of a batch and the rows to the ETF nearest to them.
+        """Move the class means towards those of a batch, and the rows with them.
 
         Does nothing in eval mode. Every rank must call it.
 
@@ -113,9 +66,74 @@ class GuidedHead(ScaledHead):
 
     def _follow(self, features: Tensor, labels: Tensor) -> Tensor:
         """The rows after this batch; they and the means become the state."""
-        means = moving_means(
+        raise NotImplementedError
+
+    def moved(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The means [K, D] after this batch."""
+        return moving_means(
             self.means, features, labels, momentum=self.momentum, normalize=self.normalize
         )
+
+
+class GuidedHead(FollowingHead):
+    """A classifier whose rows are the simplex ETF nearest to moving class means.
+
+    Nobody but the labels knows the class means, so the head is told about them: either
+    ``head.observe(features, labels)`` after a training step's forward pass, which any loop can do,
+    or ``head(x, labels)`` and ``head.logits(features, labels)``, which look before they score. In
+    eval mode both leave the rows as they are; without labels it is a fixed head.
+
+    The state lies in two buffers: ``weight`` [K, D], and ``means`` [K, D], the moving averages, NaN
+    for a class that was never seen. They are replaced, not written to, so a backward pass that is
+    still to come is not disturbed. On several ranks the sums of the batch are all-reduced. The
+    forward pass without labels compiles in one graph; call ``observe`` outside of it.
+
+    Args:
+        in_features: width of the backbone.
+        num_classes: K.
+        dim: D of the rows; ``in_features`` if None. Must be at least K − 1.
+        neck: ``"bn"``, ``"linear"``, ``"mlp"``, a module of your own, or None.
+        normalize: scale features to unit norm, before they are averaged and scored.
+        scale: factor on the logits, positive.
+        learn_scale: train the scale; it starts at ``scale`` and stays positive.
+        momentum: share of the old means in the new, in [0, 1).
+        pull: δ ≥ 0, how strongly the rows are held to the last ones.
+        differentiable: ``logits(features, labels)`` has a gradient through the rows too.
+        generator: CPU generator of the ETF that training starts from.
+
+    Raises:
+        InputError: dim < K − 1, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        dim: int | None = None,
+        neck: str | nn.Module | None = "bn",
+        normalize: bool = True,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        momentum: float = 0.9,
+        pull: float = 1e-3,
+        differentiable: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not 0 <= pull < float("inf"):
+            raise InputError(f"pull must be a finite number ≥ 0, got {pull}.")
+        dim = in_features if dim is None else dim
+        frame = simplex_etf(num_classes, dim, generator=generator, dtype=torch.get_default_dtype())
+        super().__init__(
+            in_features, num_classes, dim, neck=neck, scale=scale, learn_scale=learn_scale
+        )
+        self.normalize, self.pull, self.differentiable = normalize, float(pull), differentiable
+        self.momentum = check_momentum(momentum)
+        self.register_buffer("weight", frame)
+        self.register_buffer("means", torch.full_like(frame, torch.nan))
+
+    def _follow(self, features: Tensor, labels: Tensor) -> Tensor:
+        means = self.moved(features, labels)
         rows = nearest_etf(means, prior=self.weight if self.pull else None, weight=self.pull)
         self.means, self.weight = means.detach(), rows.detach()
         return rows
@@ -169,10 +187,7 @@ def guided_head(
     References:
         Markou, Ajanthan, Gould, NeurIPS 2024, arXiv:2411.01248.
     """
-    if scale is None:
-        scale = default_scale(num_classes) if normalize else 1.0
-    elif normalize and not learn_scale:
-        warn_low_scale(num_classes, scale)
+    scale = builder_scale(scale, num_classes, normalize=normalize, quiet=learn_scale)
     return GuidedHead(
         in_features,
         num_classes,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ncmethods._core import InputError, no_autocast
 from ncmethods.frames import simplex_etf
-from ncmethods.heads._base import ScaledHead, default_scale, scaled_cosine, warn_low_scale
+from ncmethods.heads._base import ScaledHead, builder_scale, check_rows, scaled_cosine
 
 __all__ = ["RotatedHead", "rotated_head"]
 
@@ -72,17 +72,9 @@ class RotatedHead(DerivedHead):
         scale: float = 1.0,
         learn_scale: bool = False,
     ) -> None:
-        if (
-            frame.ndim != 2
-            or not frame.is_floating_point()
-            or not bool(frame.isfinite().all())
-            or not bool(frame.any())
-        ):
-            raise InputError(
-                "frame must be a finite floating [K, D] matrix of rows, not all zero, got "
-                f"{frame.dtype} {tuple(frame.shape)}."
-            )
-        K, D = frame.shape
+        K, D = check_rows(frame).shape
+        if not bool(frame.any()):
+            raise InputError("frame must be rows [K, D] that are not all zero: nothing to turn.")
         super().__init__(in_features, K, D, neck=neck, scale=scale, learn_scale=learn_scale)
         self.normalize = normalize
         F = frame.detach().double()
@@ -165,10 +157,7 @@ def rotated_head(
             f"frame must be [num_classes, D] = [{num_classes}, D] and sets D by itself, got "
             f"{tuple(frame.shape)} with dim={dim}. Leave dim out, or leave frame out."
         )
-    if scale is None:
-        scale = default_scale(num_classes) if normalize else 1.0
-    elif normalize and not learn_scale:
-        warn_low_scale(num_classes, scale)
+    scale = builder_scale(scale, num_classes, normalize=normalize, quiet=learn_scale)
     return RotatedHead(
         frame, in_features, neck=neck, normalize=normalize, scale=scale, learn_scale=learn_scale
     )
