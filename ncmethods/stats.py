@@ -189,15 +189,13 @@ class ClassStats(nn.Module):
         G = len(self._parts)
         if not G:
             return
-        ordered, order = y.clamp(-1, self.num_classes).sort(stable=True)
-        c = ordered.clamp(0, self.num_classes - 1)
-        nth = torch.arange(len(y), device=y.device) - torch.searchsorted(ordered, ordered)
-        turn = nth + self._counts[c] + c
+        c = y.clamp(0, self.num_classes - 1)
+        turn = nth_of_class(y) + self._counts[c] + c
         if _world() > 1 and not self._reduced:  # ranks begin apart too
             turn += dist.get_rank() * G // _world()
-        turn, by_turn = (turn % G).sort(stable=True)
+        turn, order = (turn % G).sort(stable=True)
         sizes = torch.bincount(turn, minlength=G).tolist()
-        for part, rows in zip(self._parts, torch.split(order[by_turn], sizes)):
+        for part, rows in zip(self._parts, torch.split(order, sizes)):
             assert isinstance(part, ClassStats)
             if len(rows):
                 part._touched = True
@@ -743,6 +741,16 @@ class ClassStats(nn.Module):
         for one in (stats, *stats.parts):
             one._touched, one._reduced = True, reduced
         return stats
+
+
+def nth_of_class(labels: Tensor) -> Tensor:
+    """How many rows before each one have its label, int64 [N]."""
+    ordered, order = labels.sort(stable=True)
+    place = torch.arange(len(labels), device=labels.device)
+    nth: Tensor = torch.empty_like(place).scatter_(
+        0, order, place - torch.searchsorted(ordered, ordered)
+    )
+    return nth
 
 
 def _world() -> int:

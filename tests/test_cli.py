@@ -522,3 +522,11 @@ def test_as_a_module_and_as_a_script(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("error: Unknown dataset 'digitz'. Did you mean 'digits'?")
         assert done.stdout == ""
+
+
+def test_the_weightings_of_the_command_are_those_of_the_metrics():
+    from typing import get_args
+
+    from ncmethods.metrics._weighting import WEIGHTINGS
+
+    assert list(get_args(cli.Weightings)) == list(WEIGHTINGS)

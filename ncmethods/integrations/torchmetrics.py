@@ -42,7 +42,7 @@ class CollapseMetric(Metric):  # type: ignore[misc]
             watches the same head.
         counts: training samples per class [K], which say which classes are rare.
         scatter: keep the [D, D] scatter, for ``nc1/pinv`` and ``nc1/vci``.
-        weighting: of the class means in μ_G and Σ_B, ``"class"`` or ``"sample"``.
+        weighting: of the classes, by a name that :func:`ncmethods.metrics.report` takes.
         **kwargs: of ``torchmetrics.Metric``, such as ``process_group`` or ``sync_on_compute``.
     """
 

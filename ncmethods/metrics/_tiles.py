@@ -139,17 +139,18 @@ def closeness(pairs: Pairs, error: Tensor | None = None) -> tuple[Tensor, Tensor
     Args:
         pairs: of the rows.
         error: e [K], expected squared error of each row: 1/(‖r_i − r_j‖² − e_i − e_j), NaN where
-            that is not positive.
+            that is not positive. Without it the second sums are zero.
     """
     plain, corrected = torch.zeros_like(pairs.square), torch.zeros_like(pairs.square)
-    e = torch.zeros_like(pairs.square) if error is None else error
+
+    def add(into: Tensor, a: slice, b: slice, inverse: Tensor) -> None:
+        into[a] += inverse.sum(1)
+        if a != b:
+            into[b] += inverse.sum(0)
+
     for a, b, d in pairs.distances():
-        less = d - e[a, None] - e[b]
-        for into, inverse in (
-            (plain, d.reciprocal()),
-            (corrected, less.masked_fill_(less <= 0, torch.nan).reciprocal_()),
-        ):
-            into[a] += inverse.sum(1)
-            if a != b:
-                into[b] += inverse.sum(0)
+        add(plain, a, b, d.reciprocal())
+        if error is not None:
+            less = d - error[a, None] - error[b]
+            add(corrected, a, b, less.masked_fill_(less <= 0, torch.nan).reciprocal_())
     return plain, corrected

@@ -51,32 +51,34 @@ class Weighting(NamedTuple):
         Raises:
             InputError: the scatter was accumulated with another weighting of unequal classes.
         """
-        if self.within is not None:
-            counts = stats.counts[stats.active].double()
-            have = stats.class_weight
-            have = torch.ones_like(counts) if have is None else have[stats.active]
-            want = torch.ones_like(counts) if self.within == "sample" else 1 / counts
-            ratio = have / want
-            if bool((ratio - ratio[0]).abs().max() > 1e-6 * ratio[0].abs()):
-                remedy = "1 / counts" if self.within == "class" else "None"
-                raise InputError(
-                    f"This weighting needs a Σ_W averaged by {self.within}, and a pooled scatter "
-                    f"cannot be re-weighted. Accumulate ClassStats(class_weight={remedy})."
-                )
+        ratio = accumulated(stats) / self.weight(stats)
+        if len(ratio) and bool((ratio - ratio[0]).abs().max() > 1e-6 * ratio[0].abs()):
+            remedy = "1 / counts" if self.within == "class" else "None"
+            raise InputError(
+                f"This weighting needs a Σ_W averaged by {self.within}, and a pooled scatter "
+                f"cannot be re-weighted. Accumulate ClassStats(class_weight={remedy})."
+            )
         return stats.sigma_w if _told(stats) else torch.full_like(stats.within, torch.nan)
+
+    def weight(self, stats: ClassStats) -> Tensor:
+        """Weights [K_active] that multiply the scatter and the counts of the classes in Σ_W."""
+        if self.within is None:
+            return accumulated(stats)
+        counts = stats.counts[stats.active].double()
+        return torch.ones_like(counts) if self.within == "sample" else 1 / counts
 
     def trace_w(self, stats: ClassStats) -> Tensor:
         """Tr Σ_W, []: of any weighting, since traces are kept by class."""
-        if self.within == "class":
-            weight = 1 / stats.counts.double()
-        elif self.within == "sample" or stats.class_weight is None:
-            weight = torch.ones_like(stats.trace)
-        else:
-            weight = stats.class_weight
-        weight = weight[stats.active]
+        weight = self.weight(stats)
         if not _told(stats):
             return weight.new_tensor(torch.nan)
         return weight @ stats.trace[stats.active] / (weight @ stats.counts[stats.active].double())
+
+
+def accumulated(stats: ClassStats) -> Tensor:
+    """Weights [K_active] with which the scatter was accumulated."""
+    weight = stats.class_weight
+    return (torch.ones_like(stats.trace) if weight is None else weight)[stats.active]
 
 
 def size(stats: ClassStats) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncmethods._core import InputError
 from ncmethods.metrics._tiles import Noise, Pairs, closeness
-from ncmethods.metrics._weighting import centred, weighting_of
+from ncmethods.metrics._weighting import accumulated, centred, weighting_of
 from ncmethods.metrics.nc1 import cdnv_of
 from ncmethods.metrics.nc2 import nc2_of
 from ncmethods.stats import ClassStats
@@ -44,11 +44,7 @@ def debiased_trace_ratio(stats: ClassStats, *, weighting: str = "class") -> Tens
     """
     how = weighting_of(weighting)
     n, v = stats.counts[stats.active].double(), unbiased_variances(stats)[stats.active]
-    weight = torch.ones_like(v)
-    if how.within == "class":
-        weight = 1 / n
-    elif how.within is None and stats.class_weight is not None:
-        weight = stats.class_weight[stats.active]
+    weight = how.weight(stats)
     within = (weight * n) @ v / (weight @ n)
     shares = stats.class_shares(how.between)[stats.active]
     between = how.rows(stats).square().sum() - shares @ mean_noise(stats, how.center).square()
@@ -78,7 +74,7 @@ def debiased_nc1(stats: ClassStats, *, weighting: str = "class") -> Tensor:
     how = weighting_of(weighting)
     n = stats.counts[stats.active].double()
     R = how.rows(stats)
-    w = torch.ones_like(n) if stats.class_weight is None else stats.class_weight[stats.active]
+    w = accumulated(stats)
     free = w @ (n - 1)
     if float(free) <= 0:
         return R.new_tensor(torch.nan)

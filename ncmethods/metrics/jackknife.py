@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncmethods._core import InputError
 from ncmethods.features import FeatureSet
-from ncmethods.stats import ClassStats
+from ncmethods.stats import ClassStats, nth_of_class
 
 __all__ = ["Jackknife", "jackknife"]
 
@@ -66,8 +66,8 @@ def jackknife(
     References:
         Efron, Tibshirani 1993, "An introduction to the bootstrap", chapter 11.
     """
-    full, left = replicates(lambda part: {"": measure(part)}, data, groups)
-    return estimate(full[""], left[""])
+    left = replicates(lambda part: {"": measure(part)}, data, groups)
+    return estimate(float(measure(data)), left[""])
 
 
 def estimate(value: float, left: Tensor) -> Jackknife:
@@ -81,14 +81,13 @@ def replicates(
     measures: Callable[..., Mapping[str, Tensor | float]],
     data: ClassStats | FeatureSet,
     groups: int = 20,
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Measures of all samples, and without each group [G]; NaN where one cannot be had."""
-    full = {key: float(value) for key, value in measures(data).items()}
+) -> dict[str, Tensor]:
+    """Measures without each group [G], by key; NaN where one cannot be had."""
     rest = [measures(part) for part in _without(data, groups)]
     nan = float("nan")
-    return full, {
+    return {
         key: torch.tensor([float(one.get(key, nan)) for one in rest], dtype=torch.float64)
-        for key in full
+        for key in {key: None for one in rest for key in one}
     }
 
 
@@ -106,10 +105,7 @@ def _without(data: ClassStats | FeatureSet, groups: int) -> Iterator[ClassStats 
             f"groups must be an integer from 2 to N = {len(data)} samples, got {groups!r}."
         )
     y = data.labels if data.labels is not None else torch.zeros(len(data), dtype=torch.int64)
-    ordered, order = y.sort(stable=True)
-    nth = torch.arange(len(y), device=y.device) - torch.searchsorted(ordered, ordered)
-    turn = torch.empty_like(y)
-    turn[order] = (nth + ordered) % groups
+    turn = (nth_of_class(y) + y) % groups
     for g in range(groups):
         keep = (turn != g).to(data.features.device)
         yield FeatureSet(

@@ -144,10 +144,7 @@ def _measures(
     if stats.groups:
         center = weighting_of(weighting).center
 
-        def base(part: ClassStats) -> Values:
-            if part.K_active < stats.K_active:
-                return {}  # the group held all of a class: NaN
-            plain, closed, _ = _plain_and_closed(part, weight, weighting, rare)
+        def base(part: ClassStats, plain: Values, closed: Values) -> Values:
             return (
                 plain
                 | _named("means", corrected_nc2(part, center))
@@ -155,9 +152,15 @@ def _measures(
                 | closed
             )
 
-        full, left = replicates(base, stats)
-        for key, value in full.items():
-            found = estimate(value, left[key])
+        def without(part: ClassStats) -> Values:
+            if part.K_active < stats.K_active:
+                return {}  # the group held all of a class: NaN
+            return base(part, *_plain_and_closed(part, weight, weighting, rare)[:2])
+
+        left = replicates(without, stats)
+        unknown = torch.full((stats.groups,), torch.nan, dtype=torch.float64)
+        for key, value in base(stats, plain, closed).items():
+            found = estimate(float(value), left.get(key, unknown))
             if key not in _CLOSED:
                 out[f"{key}/debiased"] = torch.tensor(found.debiased, dtype=torch.float64)
             out[f"{key}/se"] = torch.tensor(found.se, dtype=torch.float64)
