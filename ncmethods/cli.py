@@ -523,7 +523,9 @@ def list_names(_: List) -> None:
     print("datasets:", ", ".join(name + needs for name, needs in how.items()))
     print("heads:   ", ", ".join(HEADS))
     print("losses:  ", ", ".join(n for n in losses.__all__ if n.islower()))
-    print("long-tailed methods:", ", ".join(load_recipe("long_tailed").METHODS))
+    for recipe in ("long_tailed", "compare_heads"):
+        methods = ", ".join(load_recipe(recipe).METHODS)
+        print(f"methods of {recipe.replace('_', '-')}: {methods}")
 
 
 @dataclass(frozen=True)
@@ -568,9 +570,10 @@ def copy(args: Copy) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command."""
     sys.path.append(str(Path.cwd()))  # where a user keeps package.module:factory
-    long_tailed = load_recipe("long_tailed")
+    long_tailed, compare_heads = load_recipe("long_tailed"), load_recipe("compare_heads")
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
         "long-tailed": (long_tailed.LongTailed, long_tailed.main),
+        "compare-heads": (compare_heads.CompareHeads, compare_heads.main),
         "measure": (Measure, measure),
         "extract": (Extract, extract),
         "fetch": (Fetch, fetch),

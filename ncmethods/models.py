@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import reduce
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_choice
 
-__all__ = ["SmallCNN", "build", "load_weights", "resnet32", "small_cnn"]
+__all__ = ["SmallCNN", "build", "load_weights", "resnet18_narrow", "resnet32", "small_cnn"]
 
 
 class SmallCNN(nn.Module):
@@ -118,15 +119,60 @@ def resnet32(in_channels: int = 3, width: int = 16) -> nn.Module:
     return _ResNetCIFAR(in_channels, width, 5)
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn, "resnet32": resnet32}
+class _Narrow(nn.Module):
+    def __init__(self, in_channels: int, dim: int) -> None:
+        from torchvision.models import resnet18
+
+        super().__init__()
+        self.num_features = dim
+        net = resnet18()
+        last: Any = net.layer4[1]
+        last.conv2 = nn.Conv2d(512, dim, 3, padding=1, bias=False)
+        last.bn2 = nn.BatchNorm2d(dim)
+        last.downsample = nn.Sequential(nn.Conv2d(512, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        for conv in (last.conv2, last.downsample[0]):  # as torchvision initialises the others
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if in_channels != 3:
+            net.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        net.fc = nn.Identity()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, dim] of images [N, C, H, W]."""
+        features: Tensor = self.net(x)
+        return features
+
+
+def resnet18_narrow(in_channels: int = 3, dim: int = 10) -> nn.Module:
+    """ResNet-18 of torchvision with ``dim`` channels out of its last block, as a backbone.
+
+    With dim = K the classifier's rows are square, and the last convolution loses most of its
+    weights: a fifth of the model at dim = 10.
+
+    Args:
+        in_channels: C of the images.
+        dim: features D.
+
+    References:
+        Zhu et al., NeurIPS 2021, arXiv:2105.02375 (the classifier fixed, and D = K).
+    """
+    return _Narrow(in_channels, dim)
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet32": resnet32,
+    "resnet18_narrow": resnet18_narrow,
+}
 
 
 def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.Module:
     """A model or backbone by name.
 
     Args:
-        name: ``small_cnn`` or ``resnet32`` (backbones), ``torchvision:NAME``, ``timm:NAME``, or
-            ``package.module:factory``, a callable without arguments.
+        name: ``small_cnn``, ``resnet32`` or ``resnet18_narrow`` (backbones),
+            ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory``, a callable without
+            arguments.
         in_channels: C of the images, for our backbones.
         weights: for torchvision a weights name such as ``DEFAULT`` or a file, for the others a
             file with a ``state_dict`` (safetensors or torch); None leaves the random start.

@@ -14,20 +14,16 @@ The measured claims, with commands and seeds, stand in docs/methods/long-tailed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
-from ncmethods._core import InputError, check_choice, write_text
 from ncmethods.stats import frequency_groups
-from ncmethods.tracking import Tracker, read_rows
-from ncmethods.training import ModelConfig, TrainConfig, fit, process
+from ncmethods.training import Job, Method, TrainConfig, jobs_of, sweep
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,13 +35,6 @@ def ldam_drw(logits: Tensor, labels: Tensor, counts: Tensor, epoch: int, epochs:
     """LDAM, re-weighted in the last fifth of training (the authors: from epoch 160 of 200)."""
     late = losses.drw_weights(counts) if epoch >= 0.8 * epochs else None
     return losses.ldam(logits, labels, counts, class_weight=late)
-
-
-class Method(NamedTuple):
-    """A head and the loss that trains under it."""
-
-    head: str
-    loss: Callable[..., Tensor]
 
 
 METHODS = {
@@ -78,72 +67,33 @@ class LongTailed:
     """Weights & Biases, offline unless a key is set; --no-wandb leaves it out."""
     data: data.TailConfig = field(default_factory=data.TailConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lrs: tuple[float, ...] = ()
+    """Learning rates to choose from by held-out training images, for each method; else train.lr."""
 
 
 def main(config: LongTailed) -> None:
     """Train, then print and write the comparison."""
-    if not (config.methods and config.seeds):
-        raise InputError("There is nothing to train: name at least one method and one seed.")
-    for name in config.methods:
-        check_choice(name, METHODS, "method")
+    jobs = jobs_of(config.methods, METHODS, config.data, config.seeds)
     load = cache(data.TailConfig.load)
-    tails = [config.data.drawn(seed) for seed in config.seeds]
-    train = load(tails[0]).train
-    counts, channels = data.class_counts(train), train.images.shape[1]
-    groups = frequency_groups(counts, config.data.groups)
-    jobs = [(name, METHODS[name], tails) for name in config.methods]
+    train = load(jobs[0].data[0]).train
+    groups = frequency_groups(data.class_counts(train), config.data.groups)
     if config.control:
         each = len(train) // train.num_classes
-        even = [replace(tail, profile="balanced", n_max=each) for tail in tails]
-        jobs.append((CONTROL, METHODS["ce"], even))
-
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in jobs}
-    with process(config.train.device) as here:
-        if here.first:
-            print(f"{config.data.name}: {counts.tolist()} training images per class")
-            print("groups: " + ", ".join(f"{name} {of}" for name, of in groups.items()))
-        for name, method, tails in jobs:
-            for seed, tail in zip(config.seeds, tails):
-                spec = ModelConfig(config.backbone, channels, len(counts), method.head)
-                row = fit(
-                    spec,
-                    method.loss,
-                    load(tail),
-                    config.train,
-                    config.out / name / f"seed{seed}",
-                    here=here,
-                    seed=seed,
-                    method=name,
-                    data=tail.record(),
-                    groups=groups,
-                    wandb=config.wandb,
-                    finish=finish,
-                )
-                results[name].append(row)
-                if here.first:
-                    print(f"{name} seed {seed}: accuracy {100 * row['test/accuracy']:.1f} %")
-        if here.first:
-            compare(config, results)
-
-
-def finish(tracker: Tracker, directory: Path) -> None:
-    """Figures and final table of one run, for its page and for W&B."""
-    rows = read_rows(directory / "metrics.jsonl")
-    figures = viz.run_figures(directory, rows)
-    tracker.figures(figures)
-    tracker.table("final", ("measure", "value"), sorted(rows[-1].items()))
-    viz.run_page(directory, rows, figures)
-
-
-def compare(config: LongTailed, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the two tables and write them with the comparison page."""
-    tables = [viz.summary(results, columns) for columns in (viz.ACCURACY, viz.GEOMETRY)]
-    text = "\n\n".join(viz.text_table(*table) for table in tables)
-    write_text(config.out / "table.md", text + "\n")
-    directories = {m: [config.out / m / f"seed{s}" for s in config.seeds] for m in results}
-    runs = {m: [(p, read_rows(p / "metrics.jsonl")) for p in of] for m, of in directories.items()}
-    page = config.out / "report.html"
-    viz.comparison_page(page, tables, runs, viz.PANELS, command=" ".join(sys.argv))
-    print(f"\n{text}\n\nreport: {page}\ntable:  {config.out / 'table.md'}")
-    if config.wandb:
-        print(f"W&B:    {config.out}/<method>/seed<k>/wandb (offline: `wandb sync` sends it)")
+        even = [replace(tail, profile="balanced", n_max=each) for tail in jobs[0].data]
+        jobs.append(Job(CONTROL, METHODS["ce"], even))
+    runs = sweep(
+        jobs,
+        config.seeds,
+        load,
+        backbone=config.backbone,
+        candidates=[replace(config.train, lr=lr) for lr in config.lrs] or [config.train],
+        out=config.out,
+        groups=groups,
+        wandb=config.wandb,
+        draw=viz.draw_run,
+    )
+    if runs:  # on the first rank
+        tables, command = (viz.ACCURACY, viz.GEOMETRY), " ".join(sys.argv)
+        print(viz.write_comparison(config.out, runs, tables, viz.PANELS, command=command))
+        if config.wandb:
+            print(f"W&B:    {config.out}/<method>/seed<k>/wandb (offline: `wandb sync` sends it)")

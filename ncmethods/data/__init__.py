@@ -1,6 +1,6 @@
 """Images and labels as tensors: datasets, long-tail profiles, a device-resident loader."""
 
-from ncmethods.data.datasets import ImageData, Splits, available, fetch, load, names
+from ncmethods.data.datasets import ImageData, Splits, available, fetch, hold_out, load, names
 from ncmethods.data.loader import Batch, DeviceLoader, channel_stats
 from ncmethods.data.longtail import (
     CONFUSABLE_ORDER,
@@ -25,6 +25,7 @@ __all__ = [
     "class_counts",
     "default_order",
     "fetch",
+    "hold_out",
     "load",
     "long_tail_counts",
     "long_tail_indices",

@@ -355,7 +355,7 @@ def _digits(root: Path | None) -> Splits:
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    return _split(_image_data(images, labels, [str(c) for c in range(10)]), "digits")
+    return hold_out(_image_data(images, labels, [str(c) for c in range(10)]), "digits")
 
 
 def _fashion_mnist(root: Path | None) -> Splits:
@@ -434,9 +434,21 @@ def _unpickle(path: Path, content: bytes, keys: Sequence[str]) -> list[Any]:
         ) from error
 
 
-def _split(data: ImageData, name: str) -> Splits:
-    """A seeded 80/20 split of each class, in the order of the dataset."""
-    rng = np.random.RandomState(0)
+def hold_out(data: ImageData, name: str, *, seed: int = 0) -> Splits:
+    """A seeded split of each class, in the order of the dataset: about a fifth is held out.
+
+    Args:
+        data: labelled images, at least two of each class.
+        name: of the result.
+        seed: of the choice.
+
+    Returns:
+        What is left as ``train``, what is held out as ``test``.
+
+    Raises:
+        DataError: a class with one image.
+    """
+    rng = np.random.RandomState(seed)
     held_out = torch.zeros(len(data), dtype=torch.bool)
     for c, title in enumerate(data.classes):
         members = np.flatnonzero((data.labels == c).numpy())
@@ -464,7 +476,7 @@ def _image_folder(root: Path | None, size: int) -> Splits:
     tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
     train = _class_folders(inside if inside.is_dir() else root, size)
     if not inside.is_dir() or not tests:
-        return _split(train, "image-folder")
+        return hold_out(train, "image-folder")
     return Splits(train, _class_folders(tests[0], size, train.classes), "image-folder")
 
 

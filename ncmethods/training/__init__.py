@@ -6,9 +6,12 @@ from ncmethods.training.distributed import Process, gather, process
 from ncmethods.training.evaluate import Evaluation, evaluate
 from ncmethods.training.loop import NonFiniteLoss, fit
 from ncmethods.training.runs import Preprocessing, Run, load_run
+from ncmethods.training.sweep import Job, Method, jobs_of, sweep, tune
 
 __all__ = [
     "Evaluation",
+    "Job",
+    "Method",
     "ModelConfig",
     "NonFiniteLoss",
     "Preprocessing",
@@ -19,9 +22,12 @@ __all__ = [
     "evaluate",
     "fit",
     "gather",
+    "jobs_of",
     "load_checkpoint",
     "load_run",
     "lr_factor",
     "process",
     "save_checkpoint",
+    "sweep",
+    "tune",
 ]

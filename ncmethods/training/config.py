@@ -10,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ncmethods import heads, models
+from ncmethods import frames, heads, models
 from ncmethods._core import InputError, check_choice, check_num_classes
 from ncmethods.heads import Classifier
 
 __all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
 
-# No builders, or heads that a name and the loop alone do not serve: frame_head wants a frame, and
-# guided_head and class_mean_head are to be shown each batch (head.observe).
-_NOT_BY_NAME = {"find_head", "swap_head", "frame_head", "guided_head", "class_mean_head"}
-HEADS = ("linear", *(n for n in heads.__all__ if n.endswith("_head") and n not in _NOT_BY_NAME))
+HEADS = (
+    "linear",
+    *(n for n in heads.__all__ if n.endswith("_head") and n not in {"find_head", "swap_head"}),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class ModelConfig:
         in_channels: C of the images.
         num_classes: K.
         head: ``"linear"``, or a builder in ``ncmethods.heads`` such as ``"etf_head"``.
-        head_args: keyword arguments of the builder.
+        head_args: keyword arguments of the builder, as JSON keeps them: a ``frame`` is the name of
+            a function in ``ncmethods.frames``.
         weights: start weights of the backbone, as in :func:`ncmethods.models.build`.
     """
 
@@ -55,13 +56,22 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
         torch.manual_seed(seed)
         net = models.build(config.backbone, in_channels=config.in_channels, weights=config.weights)
         builder: Any = nn.Linear if config.head == "linear" else getattr(heads, config.head)
-        make = partial(builder, **config.head_args)
+        make = partial(builder, **_head_args(config))
         if ":" not in config.backbone:
             return Classifier(net, make(net.num_features, K))
         model = Classifier.from_model(net, make, num_classes=K)
         if config.in_channels == 1 and config.backbone.startswith(("torchvision:", "timm:")):
             model.backbone = nn.Sequential(GrayToRGB(), model.backbone)
         return model
+
+
+def _head_args(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of the head's builder, with the frame that a name stands for."""
+    if config.head != "frame_head":
+        return config.head_args
+    name = config.head_args.get("frame", "")
+    check_choice(name, frames.__all__, "frame")
+    return config.head_args | {"frame": getattr(frames, name)}
 
 
 class GrayToRGB(nn.Module):

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ncmethods import __version__
-from ncmethods._core import CheckpointError, NCError, atomic_path, bind, write_text
+from ncmethods._core import CheckpointError, InputError, NCError, atomic_path, bind, write_text
 from ncmethods.data import Batch, DeviceLoader, Splits, channel_stats, class_counts
 from ncmethods.heads import Classifier, Output
 from ncmethods.stats import frequency_groups
-from ncmethods.tracking import Tracker
+from ncmethods.tracking import Tracker, read_rows
 from ncmethods.training.checkpoint import load_checkpoint, save_checkpoint
 from ncmethods.training.config import ModelConfig, TrainConfig, build_model, lr_factor
 from ncmethods.training.distributed import Process, average_gradients
@@ -32,6 +32,7 @@ from ncmethods.training.runs import read_json
 __all__ = ["NonFiniteLoss", "fit"]
 
 Loss = Callable[..., Tensor]
+Draw = Callable[[Path, list[dict[str, Any]]], Mapping[str, Any]]
 
 
 class NonFiniteLoss(NCError):
@@ -51,7 +52,7 @@ def fit(
     data: Mapping[str, Any] | None = None,
     groups: Mapping[str, Sequence[int]] | None = None,
     wandb: bool = True,
-    finish: Callable[[Tracker, Path], None] | None = None,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Train, measure about ten times, and leave a run directory that others can read.
 
@@ -73,16 +74,23 @@ def fit(
         groups: class indices by name, most frequent first, for accuracies; the last one is the
             rare group whose angles are measured. By training count if None.
         wandb: feed Weights & Biases too.
-        finish: called on rank 0 with the open tracker and the directory, once all is measured.
+        draw: called on rank 0 with the directory and the rows of metrics.jsonl, once all is
+            measured; the figures that it returns go to the tracker.
 
     Returns:
         The last row of metrics.jsonl: accuracy and geometry after training.
 
     Raises:
+        InputError: mixup with a head that follows class means.
         CheckpointError: ``out`` holds another configuration or only damaged checkpoints, or
             another process is training there.
         NonFiniteLoss: the loss is NaN or infinite.
     """
+    if config.mixup and model.head in ("guided_head", "class_mean_head"):
+        raise InputError(
+            f"{model.head} follows the class means, and mixed images belong to no class: "
+            "set mixup to 0, or take another head."
+        )
     counts = class_counts(splits.train)
     mean, std = channel_stats(splits.train)
     by_count = frequency_groups(counts)
@@ -223,8 +231,9 @@ def fit(
             tracker.timing(seconds)
             if step == total and here.first:
                 _write_result(out, net, measured)
-                if finish is not None:
-                    finish(tracker, out)
+                if draw is not None:
+                    tracker.figures(draw(out, read_rows(out / "metrics.jsonl")))
+                tracker.table("final", ("measure", "value"), sorted(row.items()))
                 write_text(out / "result.json", json.dumps(_finite(row)) + "\n")
             elif step % every == 0 or config.measured(epoch + 1):
                 _save(out, record, net, optimizer, step, 0.0, tracker, here)
@@ -245,6 +254,8 @@ def _loss(
     with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.device.type == "cuda"):
         out: Output = net(batch.x)
     head: Any = net.head
+    if hasattr(head, "observe"):  # its rows follow the class means
+        head.observe(out.features, batch.y)
     available = {
         "features": out.features,
         "logits": out.logits.float(),

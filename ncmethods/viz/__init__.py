@@ -15,7 +15,13 @@ from ncmethods.viz.figures import (
     spectrum,
 )
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
-from ncmethods.viz.run import comparison_page, run_figures, run_page
+from ncmethods.viz.run import (
+    comparison_page,
+    draw_run,
+    run_figures,
+    run_page,
+    write_comparison,
+)
 from ncmethods.viz.tables import ACCURACY, GEOMETRY, PANELS, summary, text_table
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "comparison_page",
     "confusion",
     "cosine_heatmap",
+    "draw_run",
     "html_report",
     "layer_heatmap",
     "measure_table",
@@ -45,4 +52,5 @@ __all__ = [
     "spectrum",
     "summary",
     "text_table",
+    "write_comparison",
 ]

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncmethods._core import CheckpointError
+from ncmethods._core import CheckpointError, write_text
 from ncmethods.viz.figures import class_accuracy, comparison, confusion, cosine_heatmap, nc_curves
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
+from ncmethods.viz.tables import summary, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison_page", "run_figures", "run_page"]
+__all__ = ["comparison_page", "draw_run", "run_figures", "run_page", "write_comparison"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -76,6 +77,38 @@ def run_page(directory: Path, rows: Rows, figures: Mapping[str, Figure] | None =
         Details("Settings", config),
     ]
     return html_report(directory / "report.html", title=title, sections=sections)
+
+
+def draw_run(directory: Path, rows: Rows) -> dict[str, Figure]:
+    """The figures of a finished run, after its ``report.html`` was written with them."""
+    figures = run_figures(directory, rows)
+    run_page(directory, rows, figures)
+    return figures
+
+
+def write_comparison(
+    out: Path,
+    runs: Mapping[str, Sequence[tuple[Path, Rows]]],
+    tables: Sequence[Mapping[str, tuple[str, float, int]]],
+    panels: Mapping[str, str],
+    *,
+    command: str = "",
+) -> str:
+    """Write ``OUT/table.md`` and ``OUT/report.html``; returns the tables and where they are.
+
+    Args:
+        out: directory of the comparison.
+        runs: method → its runs, each a directory with the rows of its metrics.jsonl.
+        tables: columns of each table, as in :func:`summary`.
+        panels: key of the last row → title of its panel in the comparison figure.
+        command: that made the runs.
+    """
+    last = {method: [rows[-1] for _, rows in of] for method, of in runs.items()}
+    filled = [summary(last, columns) for columns in tables]
+    text = "\n\n".join(text_table(*table) for table in filled)
+    write_text(out / "table.md", text + "\n")
+    comparison_page(out / "report.html", filled, runs, panels, command=command)
+    return f"\n{text}\n\nreport: {out / 'report.html'}\ntable:  {out / 'table.md'}"
 
 
 def comparison_page(

@@ -52,7 +52,7 @@ def main() -> None:
     for name in ("__init__", "close"):
         timed(Tracker, name, "W&B start and end")
     recipe = load_recipe("long_tailed")
-    timed(recipe, "finish", "figures and page")
+    timed(recipe.viz, "draw_run", "figures and page")
     from ncmethods.training import loop
 
     timed(loop, "save_checkpoint", "checkpoints")

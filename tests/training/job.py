@@ -64,7 +64,7 @@ def dropout_net():
     return Net(0.5)
 
 
-def run(out, model=CNN, *, loss=ce, here=ALONE, seed=0, finish=None, wandb=False, **changes):
+def run(out, model=CNN, *, loss=ce, here=ALONE, seed=0, draw=None, wandb=False, **changes):
     """fit() on the quarters; ``changes`` go to the TrainConfig."""
     return training.fit(
         model,
@@ -77,7 +77,7 @@ def run(out, model=CNN, *, loss=ce, here=ALONE, seed=0, finish=None, wandb=False
         method="test",
         data={"name": "quarters"},
         wandb=wandb,
-        finish=finish,
+        draw=draw,
     )
 
 
@@ -138,8 +138,8 @@ def arm(moment, n):
 
 def _life(out, moment, n, options):
     torch.set_num_threads(1)
-    if moment == "finish":
-        options = options | {"finish": lambda *_: die()}
+    if moment == "draw":
+        options = options | {"draw": lambda *_: die()}
     elif moment:
         arm(moment, n)
     run(out, **options)

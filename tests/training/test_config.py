@@ -99,12 +99,15 @@ def weights(config, seed=0):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_seed_alone_decides(head):
-    config = ModelConfig("small_cnn", 1, K, head)
+    args = {"frame": "simplex_etf"} if head == "frame_head" else {}
+    config = ModelConfig("small_cnn", 1, K, head, args)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     random.seed(1)
@@ -117,9 +120,18 @@ def test_the_seed_alone_decides(head):
 
 def test_every_builder_is_a_head_that_can_be_named():
     builders = {n for n in heads.__all__ if n.endswith("_head")} - {"find_head", "swap_head"}
-    assert set(HEADS) == builders - {"frame_head", "guided_head", "class_mean_head"} | {"linear"}
-    with pytest.raises(InputError, match="Unknown head 'guided_head'"):
-        build_model(ModelConfig("small_cnn", 1, K, "guided_head"))
+    assert set(HEADS) == builders | {"linear"}
+    with pytest.raises(InputError, match="Unknown head 'guided'"):
+        build_model(ModelConfig("small_cnn", 1, K, "guided"))
+
+
+def test_a_frame_is_named():
+    args = {"frame": "nonnegative_orthogonal", "neck": None}
+    rows = build_model(ModelConfig("small_cnn", 1, K, "frame_head", args)).head.weight
+    assert (rows >= 0).all()
+    for wrong in ({}, {"frame": "nonnegative"}):
+        with pytest.raises(InputError, match="Unknown frame"):
+            build_model(ModelConfig("small_cnn", 1, K, "frame_head", wrong))
 
 
 def test_head_arguments():

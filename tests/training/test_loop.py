@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ncmethods import losses, training
 from ncmethods._core import CheckpointError, InputError
 from ncmethods.data import Splits
+from ncmethods.tracking import read_rows
 from ncmethods.training import ModelConfig, NonFiniteLoss, build_model, load_run, loop
 from ncmethods.training.loop import _loss
 
@@ -202,24 +203,30 @@ def test_wandb_never_ends_training(tmp_path, monkeypatch, caplog, how):
     assert contents(tmp_path) == contents(tmp_path / "without")
 
 
-def test_finish_that_fails_can_be_had_again(tmp_path):
-    def broken(tracker, directory):
+def test_a_drawing_that_fails_can_be_had_again(tmp_path):
+    def broken(directory, rows):
         raise InputError("no report today")
 
     with pytest.raises(InputError, match="no report today"):
-        run(tmp_path, finish=broken)
+        run(tmp_path, draw=broken)
     assert not (tmp_path / "result.json").exists()
     calls = []
-    run(tmp_path, finish=lambda tracker, directory: calls.append(directory))
-    assert calls == [tmp_path]
+
+    def drawn(directory, rows):
+        calls.append((directory, rows[-1]["epoch"]))
+        return {}
+
+    run(tmp_path, draw=drawn)
+    assert calls == [(tmp_path, read_rows(tmp_path / "metrics.jsonl")[-1]["epoch"])]
 
 
 def test_two_processes_in_one_directory(tmp_path):
-    def second(tracker, directory):
+    def second(directory, rows):
         with pytest.raises(RuntimeError, match="exit code 1"):
             life(tmp_path)
+        return {}
 
-    run(tmp_path, finish=second)
+    run(tmp_path, draw=second)
     assert life(tmp_path)
     with (
         loop._alone(tmp_path, ALONE),
