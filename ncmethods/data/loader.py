@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     y: Tensor  # int64 [B]
     y_mix: Tensor | None  # int64 [B], None without mixup
     lam: float
+    share: float = 1.0  # B over the mean of all ranks: weight of this rank's mean
 
 
 def channel_stats(data: ImageData) -> tuple[list[float], list[float]]:
@@ -49,15 +50,16 @@ class DeviceLoader:
     In training, ``epoch(e, start_step)`` yields ``Batch``: shuffled, cropped, flipped, mixed. Batch
     (e, s) depends on (seed, e, s) alone: a resumed run sees what an unbroken one would have seen.
     Each rank takes its slice of one global batch: the union over ranks is the batch of a single
-    process. A short last batch is trimmed to a multiple of ``world``, and dropped when it leaves
-    fewer than 2 images per rank (BatchNorm needs 2).
+    process. The ⌈N / batch_size⌉ batches of an epoch differ by one image at most, since BatchNorm
+    on a last batch of eight, at the full learning rate, can undo an epoch; so do the slices, and
+    ``share`` is the weight of a rank's mean in that of the batch.
 
     With ``train=False``, iterating yields ``(x, y)`` in order, without augmentation; rank r sees
     the images r, r + world, …, each once.
 
     Args:
         data: images and labels.
-        batch_size: images per step over all ranks.
+        batch_size: images per step over all ranks, at most; more where a rank would have one.
         device: where images and batches live.
         seed: of order and augmentation, ≥ 0; the global random state is not touched.
         train: training or evaluation.
@@ -134,8 +136,8 @@ class DeviceLoader:
         """Steps per epoch on this rank."""
         if not self.train:
             return math.ceil(len(range(self.rank, len(self.labels), self.world)) / self._per_rank)
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full + (rest // self.world >= 2)
+        N = len(self.labels)
+        return min(math.ceil(N / self.batch_size), N // (2 * self.world))
 
     @property
     def _per_rank(self) -> int:
@@ -157,21 +159,23 @@ class DeviceLoader:
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         order = self._random(epoch, 0).permutation(len(self.labels))
-        for step in range(start_step, len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            b = len(chosen) // self.world * self.world
+        N, steps = len(order), len(self)
+        for step in range(start_step, steps):
+            chosen = order[N * step // steps : N * (step + 1) // steps]
+            b = len(chosen)
             # The draws are for the global batch; this rank builds its slice [lo, hi) of it.
             rng = self._random(epoch, step + 1)
-            draws = np.stack([chosen[:b], *rng.integers(0, 2 * self.crop + 1, (2, b))])
+            draws = np.stack([chosen, *rng.integers(0, 2 * self.crop + 1, (2, b))])
             draws = np.vstack([draws, rng.integers(0, 1 + self.flip, b)])  # [4, b]
-            lo, hi = (b // self.world * r for r in (self.rank, self.rank + 1))
+            lo, hi = (b * r // self.world for r in (self.rank, self.rank + 1))
+            share = (hi - lo) * self.world / b
             x, y = self._build(draws[:, lo:hi])
             if not self.mixup:
-                yield Batch(x, y, None, 1.0)
+                yield Batch(x, y, None, 1.0, share)
                 continue
             lam = float(rng.beta(self.mixup, self.mixup))
             other, y_mix = self._build(draws[:, rng.permutation(b)[lo:hi]])
-            yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam)
+            yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam, share)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and labels in order.

@@ -200,7 +200,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * lr_factor(config, step, per_epoch)
                 torch.manual_seed((seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
-                value = _loss(net, loss, batch, counts, epoch, config)
+                value = batch.share * _loss(net, loss, batch, counts, epoch, config)
                 if here.device.type == "cpu" and not math.isfinite(value.item()):
                     raise _non_finite(out, net, batch, seed, epoch, step, step, here)
                 optimizer.zero_grad(set_to_none=True)

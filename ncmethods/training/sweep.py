@@ -121,12 +121,11 @@ def sweep(
                         spec, method.loss, splits, candidates, out / "tuning" / name,
                         here=here, seed=seed, method=name, data=tail.record(),
                     )  # fmt: skip
-                    chosen[name] = {
-                        "chosen": _differing(candidates, config),
-                        "held-out": accuracies,
-                    }
+                    best = _differing(candidates, config)
+                    chosen[name] = {"chosen": best, "held-out accuracy": accuracies}
                     if here.first:
-                        print(f"{name}: {_differing(candidates, config)} of {accuracies}")
+                        shown = ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracies.items())
+                        print(f"{name}: {best} (held-out accuracy: {shown})")
                 fit(
                     spec, method.loss, splits, config, out / name / f"seed{seed}",
                     here=here, seed=seed, method=name, data=tail.record(), groups=groups,

@@ -39,7 +39,7 @@ def test_an_epoch_shows_each_image_once_in_a_new_order():
     first, second = (torch.cat([b.y for b in loader.epoch(e)]).tolist() for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second != sorted(second)
-    assert [len(b.y) for b in loader.epoch(0)] == [16, 16, 16, 2]
+    assert [len(b.y) for b in loader.epoch(0)] == [12, 13, 12, 13]
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_alone():
@@ -105,19 +105,34 @@ def test_the_union_over_ranks_is_the_batch_of_one_process(world, augment):
 @pytest.mark.parametrize(
     ("n", "batch_size", "world", "sizes"),
     [
-        (50, 16, 2, [8, 8, 8]),  # 2 left: 1 per rank, dropped
-        (53, 16, 2, [8, 8, 8, 2]),  # 5 left: trimmed to 4
-        (49, 16, 1, [16, 16, 16]),  # 1 left: dropped
+        (50, 16, 1, [12, 13, 12, 13]),
+        (50, 16, 2, [12, 13, 12, 13]),
+        (49, 16, 3, [12, 12, 12, 13]),
         (48, 16, 1, [16, 16, 16]),
-        (7, 16, 2, [3]),  # smaller than one batch
+        (5000, 128, 1, [125] * 40),
+        (7, 16, 2, [7]),  # smaller than one batch
+        (7, 2, 1, [2, 2, 3]),  # never one
+        (9, 4, 2, [4, 5]),
         (2, 128, 1, [2]),
     ],
 )
-def test_short_batches(n, batch_size, world, sizes):
-    for rank in range(world):
-        loader = DeviceLoader(pictures(n), batch_size, rank=rank, world=world, mixup=1.0)
-        assert [len(b.x) for b in loader.epoch(0)] == sizes
-        assert len(loader) == len(sizes)
+def test_batches_are_even_and_those_of_one_process(n, batch_size, world, sizes):
+    batch_size = batch_size // world * world
+    ranks = [
+        list(DeviceLoader(pictures(n), batch_size, rank=rank, world=world).epoch(0))
+        for rank in range(world)
+    ]
+    whole = list(DeviceLoader(pictures(n), batch_size, rank=0, world=1).epoch(0))
+    assert [sum(len(b.x) for b in batch) for batch in zip(*ranks)] == sizes
+    for one, *parts in zip(whole, *ranks):
+        if len(whole) == len(sizes):
+            assert torch.equal(torch.cat([b.x for b in parts]), one.x)
+        assert min(len(b.x) for b in parts) >= 2
+        assert max(len(b.x) for b in parts) - min(len(b.x) for b in parts) <= 1
+        means = torch.stack([b.share * b.x.double().mean((0, 2, 3)) for b in parts]).mean(0)
+        torch.testing.assert_close(
+            means, torch.cat([b.x for b in parts]).double().mean((0, 2, 3)), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("n", "world"), [(23, 1), (23, 2), (23, 4), (3, 4)])
@@ -224,7 +239,7 @@ def test_no_host_sync():
     """On the meta device a value cannot be read: whatever would wait for the device raises."""
     loader = DeviceLoader(pictures(20), 8, device="meta", **AUGMENT)
     shapes = [(b.x.shape, b.y.device.type, b.y_mix.shape) for b in loader.epoch(0)]
-    assert shapes[0] == ((8, 3, 6, 5), "meta", (8,))
+    assert shapes[0] == ((6, 3, 6, 5), "meta", (6,))
     assert len(shapes) == 3
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -153,7 +154,7 @@ def test_a_nan_names_its_step_and_leaves_what_is_needed(tmp_path):
     net = build_model(CNN)
     net.load_state_dict(state["model"])
     net.train()
-    x, y, _, _ = state["batch"]
+    x, y, *_ = state["batch"]
     assert not torch.isfinite(broken(net(x).logits, y, net.head.weight))
     assert not list(tmp_path.glob(".*"))
 
@@ -260,3 +261,49 @@ def test_tied_weights_can_be_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "plain_net", Tied)
     run(tmp_path, ModelConfig("job:plain_net", 1, 4))
     assert load_run(tmp_path).model
+
+
+@pytest.mark.parametrize("head", ["guided_head", "class_mean_head"])
+def test_a_head_that_follows_is_shown_every_batch(tmp_path, monkeypatch, head):
+    seen = []
+    kind = type(build_model(replace(CNN, head=head)).head)
+    original = kind.observe
+
+    def observe(self, features, labels):
+        seen.append((len(features), self.training))
+        original(self, features, labels)
+
+    monkeypatch.setattr(kind, "observe", observe)
+    run(tmp_path / "whole", replace(CNN, head=head))
+    N = len(splits().train)
+    assert seen == 4 * [(size, True) for size in (30, 31, 31)]
+    assert N == 92
+    head_state = load_run(tmp_path / "whole").model.head
+    assert head_state.means.isfinite().all()
+
+
+def test_a_head_that_follows_resumes_to_the_same_bytes(tmp_path):
+    model = replace(CNN, head="guided_head")
+    run(tmp_path / "whole", model)
+    original, left = loop.lr_factor, [7]
+
+    class Stopped(Exception):
+        pass
+
+    def factor(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "lr_factor", factor)
+        with pytest.raises(Stopped):
+            run(tmp_path / "stopped", model)
+    run(tmp_path / "stopped", model)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_mixed_images_have_no_class_mean(tmp_path):
+    with pytest.raises(InputError, match="guided_head follows the class means"):
+        run(tmp_path, replace(CNN, head="guided_head"), mixup=0.2)
