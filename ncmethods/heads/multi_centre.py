@@ -171,7 +171,7 @@ def multi_centre_head(
     rows = rows.to(torch.get_default_dtype())
     if scale is None:
         scale = default_scale(K) * K / (K - 1) / (1 - largest)
-    else:
+    elif not learn_scale:
         warn_low_scale(K, scale)
     return MultiCentreHead(
         rows,

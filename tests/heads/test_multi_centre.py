@@ -150,3 +150,9 @@ def test_errors():
     ]:
         with pytest.raises(InputError, match=words):
             call()
+
+
+def test_a_low_scale_warns_unless_it_is_learned():
+    with pytest.warns(UserWarning, match="scale"):
+        multi_centre_head(64, 20, scale=1.0)
+    multi_centre_head(64, 20, scale=1.0, learn_scale=True)
