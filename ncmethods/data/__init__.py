@@ -12,17 +12,22 @@ from ncmethods.data.longtail import (
     long_tailed,
     reorder,
 )
+from ncmethods.data.samplers import BoundBatches, ClassSampler, Sampling, class_shares
 
 __all__ = [
     "CONFUSABLE_ORDER",
     "Batch",
+    "BoundBatches",
+    "ClassSampler",
     "DeviceLoader",
     "ImageData",
+    "Sampling",
     "Splits",
     "TailConfig",
     "available",
     "channel_stats",
     "class_counts",
+    "class_shares",
     "default_order",
     "fetch",
     "hold_out",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ncmethods._core import InputError
 from ncmethods.data.datasets import ImageData
+from ncmethods.data.samplers import ClassSampler
 
 
 class Batch(NamedTuple):
@@ -63,6 +64,7 @@ class DeviceLoader:
         device: where images and batches live.
         seed: of order and augmentation, ≥ 0; the global random state is not touched.
         train: training or evaluation.
+        sampler: whose ``order(epoch)`` says which images an epoch shows; each image once if None.
         mean: of each channel, pixels in [0, 1]; computed from ``data`` if None.
         std: likewise.
         crop: zero padding in pixels before a random crop of the original size.
@@ -83,6 +85,7 @@ class DeviceLoader:
         device: torch.device | str = "cpu",
         seed: int = 0,
         train: bool = True,
+        sampler: ClassSampler | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         crop: int = 0,
@@ -107,8 +110,10 @@ class DeviceLoader:
             raise InputError(
                 f"seed, crop and mixup must be ≥ 0, got seed={seed}, crop={crop}, mixup={mixup}."
             )
-        if not train and (crop or flip or mixup):
-            raise InputError("crop, flip and mixup need train=True: evaluation does not augment.")
+        if not train and (crop or flip or mixup or sampler):
+            raise InputError(
+                "crop, flip, mixup and a sampler need train=True: evaluation shows each image once."
+            )
         if train and (batch_size % world or batch_size < 2 * world):
             raise InputError(
                 f"batch_size is over all ranks: it must be a multiple of world = {world} with at "
@@ -121,7 +126,7 @@ class DeviceLoader:
             )
         if batch_size < 1:
             raise InputError(f"batch_size must be ≥ 1, got {batch_size}.")
-        self.batch_size, self.seed, self.train = batch_size, seed, train
+        self.batch_size, self.seed, self.train, self.sampler = batch_size, seed, train, sampler
         self.crop, self.flip, self.mixup, self.rank, self.world = crop, flip, mixup, rank, world
         self.device = torch.device(device)
         self.images = data.images.to(self.device)
@@ -136,7 +141,7 @@ class DeviceLoader:
         """Steps per epoch on this rank."""
         if not self.train:
             return math.ceil(len(range(self.rank, len(self.labels), self.world)) / self._per_rank)
-        N = len(self.labels)
+        N = self.sampler.length if self.sampler else len(self.labels)
         return min(math.ceil(N / self.batch_size), N // (2 * self.world))
 
     @property
@@ -158,7 +163,10 @@ class DeviceLoader:
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        order = self._random(epoch, 0).permutation(len(self.labels))
+        if self.sampler:
+            order = self.sampler.order(epoch)
+        else:
+            order = self._random(epoch, 0).permutation(len(self.labels))
         N, steps = len(order), len(self)
         for step in range(start_step, steps):
             chosen = order[N * step // steps : N * (step + 1) // steps]

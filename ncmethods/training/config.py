@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ncmethods import frames, heads, models
 from ncmethods._core import InputError, check_choice, check_num_classes
+from ncmethods.data import Sampling
 from ncmethods.heads import Classifier
 
 __all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
@@ -108,6 +109,8 @@ class TrainConfig:
     """Largest gradient norm; 0 is off."""
     mixup: float = 0.0
     """Beta(a, a) of mixup; 0 is off."""
+    sampling: Sampling = "instance"
+    """Shares of the classes in an epoch: n_c, √n_c, equal, or from the first to equal."""
     crop: int = 0
     """Zero padding of random crops in pixels; 0 is off."""
     flip: bool = False
@@ -124,6 +127,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check what would only fail in the middle of a run."""
         check_choice(self.schedule, ("cosine", "step", "constant"), "schedule")
+        check_choice(self.sampling, get_args(Sampling), "sampling")
         for name in ("epochs", "batch_size", "measurements"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from ncmethods import __version__
 from ncmethods._core import CheckpointError, InputError, NCError, atomic_path, bind, write_text
-from ncmethods.data import Batch, DeviceLoader, Splits, channel_stats, class_counts
+from ncmethods.data import Batch, ClassSampler, DeviceLoader, Splits, channel_stats, class_counts
 from ncmethods.heads import Classifier, Output
 from ncmethods.stats import frequency_groups
 from ncmethods.tracking import Tracker, read_rows
@@ -134,8 +137,20 @@ def fit(
             **how,
         )
 
+    sampler = None
+    if config.sampling != "instance":
+        sampler = ClassSampler(
+            splits.train.labels, config.sampling, epochs=config.epochs, seed=seed
+        )
+        if "counts" in inspect.signature(loss).parameters:
+            warnings.warn(
+                f"sampling={config.sampling!r} and the loss {_name(loss)}, which takes the class "
+                "counts, both correct for the class prior: rare classes are favoured twice.",
+                stacklevel=2,
+            )
     batches = loader(
         "train",
+        sampler=sampler,
         batch_size=config.batch_size,
         seed=seed,
         crop=config.crop,
@@ -239,6 +254,13 @@ def fit(
                 _save(out, record, net, optimizer, step, 0.0, tracker, here)
             began = time.perf_counter()
     return _finite(row)
+
+
+def _name(loss: Loss) -> str:
+    """Of the function inside any partials."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _loss(

@@ -67,10 +67,12 @@ def fashion(tmp_path, monkeypatch):
 def test_names_are_the_table():
     assert data.names() == (
         "fashion-mini",
+        "glyphs-mini",
         "digits",
         "fashion-mnist",
         "cifar10",
         "cifar100",
+        "glyphs",
         "image-folder",
     )
 

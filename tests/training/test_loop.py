@@ -307,3 +307,23 @@ def test_a_head_that_follows_resumes_to_the_same_bytes(tmp_path):
 def test_mixed_images_have_no_class_mean(tmp_path):
     with pytest.raises(InputError, match="guided_head follows the class means"):
         run(tmp_path, replace(CNN, head="guided_head"), mixup=0.2)
+
+
+def test_sampling_and_a_loss_that_knows_the_counts_are_two_corrections(tmp_path):
+    with pytest.warns(UserWarning, match=r"'balanced' and the loss logit_adjusted, .* twice"):
+        run(tmp_path / "both", loss=partial(losses.logit_adjusted, tau=0.5), sampling="balanced")
+    run(tmp_path / "one", sampling="balanced")  # cross-entropy: no warning
+    assert rows(tmp_path / "one")[-1]["step"] == rows(tmp_path / "both")[-1]["step"]
+
+
+def test_a_sampled_run_shows_the_classes_evenly(tmp_path):
+    seen = []
+
+    def counting(logits, labels, epoch):
+        seen.append((epoch, torch.bincount(labels, minlength=4)))
+        return ce(logits, labels)
+
+    run(tmp_path, loss=counting, sampling="progressive", epochs=3)
+    by_epoch = [sum(count for e, count in seen if e == epoch) for epoch in range(3)]
+    assert by_epoch[0].tolist() == [40, 30, 14, 8]
+    assert by_epoch[2].tolist() == [23, 23, 23, 23]
