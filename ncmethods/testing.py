@@ -166,7 +166,8 @@ def check_loss(
     at least float32 with finite gradients; inputs untouched; the order of samples and the numbering
     of classes do not matter; samples with a negative label do not count; batches of one class, of
     one sample, with absent classes, in half precision and under autocast work; float64 is computed
-    in float64; labels that are floating or ≥ K are an InputError.
+    in float64; labels that are floating, or ≥ K where the loss takes what tells K, are an
+    InputError.
 
     Args:
         loss: the function; bind other hyperparameters with ``functools.partial``.
@@ -245,9 +246,11 @@ def check_loss(
         mixed = check("Under autocast", **single)
     _same(mixed, whole, "The loss under autocast is computed in float32", 1e-5)
 
+    names = inspect.signature(loss).parameters
+    knows = any(name in names for name in ("logits", "weight", "counts"))
     for bad, promise in (
         (data["labels"].double(), "Floating labels raise InputError."),
-        (data["labels"].clone().fill_(K), "Labels ≥ K raise InputError (on the CPU)."),
+        (data["labels"] + (K if knows else 0.5), "Labels ≥ K raise InputError (on the CPU)."),
         (data["labels"][:-1], "Labels of another length raise InputError."),
     ):
         try:

@@ -62,6 +62,11 @@ FIGURES = {
     ),
     "confusion": lambda: viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES),
     "comparison": lambda: viz.comparison({"ce": {"acc": [0.5, 0.6]}, "etf": {"acc": [0.7]}}),
+    "scatter": lambda: viz.scatter(
+        {"ce": {"a": [20.0, 30.0], "acc": [0.5, 0.6]}, "etf": {"a": [90.0], "acc": [0.7]}},
+        ("a", "Angle (°)"),
+        ("acc", "Accuracy"),
+    ),
     "cosine_sorted": lambda: viz.cosine_heatmap(torch.eye(40), counts=range(1, 41), sort=True),
     "cosine_two": lambda: viz.cosine_heatmap(torch.tensor([[1.0], [-1.0]])),
     "layer_heatmap": lambda: viz.layer_heatmap(layer_rows(), "nc1/pinv"),
@@ -443,9 +448,38 @@ def test_comparison_shows_mean_sd_and_every_seed():
     assert len(angle.containers) == 1
 
 
+def test_scatter_pairs_the_seeds():
+    results = {
+        "ce": {"a": [20.0, None, 40.0, math.nan], "acc": [0.5, 0.9, 0.7, 0.1]},
+        "etf": {"a": [None], "acc": [0.8]},
+        "dr": {"a": [80.0], "acc": [0.75]},
+    }
+    figure = viz.scatter(results, ("a", "Angle (°)"), ("acc", "Accuracy"))
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("Angle (°)", "Accuracy")
+    drawn = [np.stack(line.get_data(), 1) for line in axes.lines]
+    assert [len(points) for points in drawn] == [2, 1, 1, 1]
+    np.testing.assert_allclose(drawn[0], [[20, 0.5], [40, 0.7]])
+    np.testing.assert_allclose(drawn[1], [[30, 0.6]])
+    assert [t.get_text() for t in legend.get_texts()] == ["ce", "dr"]
+
+
+def test_paired_differences_by_hand():
+    results = {
+        "ce": [{"acc": 0.5}, {"acc": 0.7}, {"acc": None}],
+        "la": [{"acc": 0.6}, {"acc": 0.82}, {"acc": 0.9}],
+        "dr": [{"acc": 0.4}, {}, {}],
+        "none": [{}, {}, {}],
+    }
+    columns, rows = viz.paired(results, {"all %": ("acc", 100, 1)})
+    assert columns == ["minus ce", "all %"]
+    assert rows == [["la", "+11.0 ± 1.4"], ["dr", "-10.0"], ["none", "–"]]
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
+        (lambda: viz.scatter({"ce": {"a": [1.0]}}, ("a", ""), ("b", "")), "both a and b"),
         (lambda: viz.cosine_heatmap(torch.ones(3)), "2-D"),
         (lambda: viz.cosine_heatmap([[1.0]]), "2-D"),
         (lambda: viz.cosine_heatmap(torch.eye(3), ["a"]), "1 names"),

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncmethods._core import (
-    InputError,
-    check_choice,
-    check_counts,
-    check_features,
-    check_labels,
-    no_autocast,
-)
+from ncmethods._core import InputError, check_choice, check_features, check_labels, no_autocast
+from ncmethods.losses._average import BALANCES, average
 
 __all__ = ["dot_regression"]
 
@@ -55,7 +49,7 @@ def dot_regression(
         Yang et al., NeurIPS 2022, arXiv:2203.09081 (dot-regression loss). The batch balancing is
         in the authors' released code and not in the paper.
     """
-    check_choice(balance, ("batch", "none", "global"), "balance")
+    check_choice(balance, BALANCES, "balance")
     features = check_features(features)
     if weight.ndim != 2 or weight.shape[1] != features.shape[1]:
         raise InputError(
@@ -64,7 +58,6 @@ def dot_regression(
         )
     K = len(weight)
     labels = check_labels(labels, len(features), K)
-    known = labels >= 0
     y = labels.clamp(min=0)
     with no_autocast(features.device):
         h = F.normalize(features, dim=1) if normalize else features
@@ -74,17 +67,7 @@ def dot_regression(
         dots = (h * W[y]).sum(1)
         tiny = torch.finfo(h.dtype).tiny
         per_sample = (dots - reach).square() / (2 * reach.clamp(min=tiny))
-        if balance == "batch":
-            share = torch.zeros(K, device=h.device, dtype=h.dtype)
-            share = share.index_add_(0, y, known.to(h.dtype)).clamp(min=1).reciprocal()[y]
-        elif balance == "global":
-            if counts is None:
-                raise InputError("balance='global' needs counts, the training samples per class.")
-            share = check_counts(counts, K).to(h).clamp(min=1).reciprocal()[y]
-        else:
-            share = torch.ones_like(per_sample)
-        share = share * known
-        loss: Tensor = (share * per_sample).sum() / share.sum().clamp(min=tiny)
+        loss = average(per_sample, labels, K, balance, counts)
         if norm_penalty:
-            loss = loss + norm_penalty * (length * known).sum() / known.sum().clamp(min=1)
+            loss = loss + norm_penalty * average(length, labels, K)
     return loss

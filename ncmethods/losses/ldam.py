@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_counts, check_labels, check_logits
+from ncmethods.losses._average import average
 
 __all__ = ["drw_weights", "ldam"]
 
@@ -35,7 +36,7 @@ def ldam(
             then weighted, as in torch's cross-entropy.
 
     Returns:
-        loss [].
+        loss [], 0 if no sample is labelled.
 
     Raises:
         InputError: shapes that do not fit, or labels ≥ K.
@@ -50,8 +51,8 @@ def ldam(
     margin = torch.where(n > 0, max_margin * (rarest / n).pow(0.25), 0.0)  # [K]
     y = labels.clamp(min=0)
     shift = torch.zeros_like(z).scatter(1, y[:, None], scale * margin.to(z.dtype)[y][:, None])
-    w = None if class_weight is None else class_weight.to(z)
-    return F.cross_entropy(z - shift, labels.clamp(min=-1), weight=w, ignore_index=-1)
+    each = F.cross_entropy(z - shift, labels.clamp(min=-1), ignore_index=-1, reduction="none")
+    return average(each, labels, z.shape[1], class_weight=class_weight)
 
 
 def drw_weights(counts: Tensor, *, beta: float = 0.9999) -> Tensor:

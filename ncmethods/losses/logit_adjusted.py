@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods._core import check_counts, check_labels, check_logits
+from ncmethods.losses._average import average
 
 __all__ = ["logit_adjusted"]
 
@@ -24,7 +25,7 @@ def logit_adjusted(logits: Tensor, labels: Tensor, counts: Tensor, *, tau: float
         tau: strength; 0 is plain cross-entropy.
 
     Returns:
-        loss [].
+        loss [], 0 if no sample is labelled.
 
     Raises:
         InputError: shapes that do not fit, or labels ≥ K.
@@ -36,4 +37,6 @@ def logit_adjusted(logits: Tensor, labels: Tensor, counts: Tensor, *, tau: float
     labels = check_labels(labels, len(z), z.shape[1])
     prior = check_counts(counts, z.shape[1]).to(z.device).double()
     adjustment = tau * (prior / prior.sum()).log() if tau else prior.mul(0)
-    return F.cross_entropy(z + adjustment.to(z.dtype), labels.clamp(min=-1), ignore_index=-1)
+    z = z + adjustment.to(z.dtype)
+    each = F.cross_entropy(z, labels.clamp(min=-1), ignore_index=-1, reduction="none")
+    return average(each, labels, z.shape[1])

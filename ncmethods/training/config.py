@@ -110,7 +110,7 @@ class TrainConfig:
     mixup: float = 0.0
     """Beta(a, a) of mixup; 0 is off."""
     sampling: Sampling = "instance"
-    """Shares of the classes in an epoch: n_c, √n_c, equal, or from the first to equal."""
+    """Classes are shown by n_c, by √n_c, equally often, or from the first to the third."""
     crop: int = 0
     """Zero padding of random crops in pixels; 0 is off."""
     flip: bool = False

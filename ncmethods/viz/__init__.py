@@ -12,6 +12,7 @@ from ncmethods.viz.figures import (
     layer_heatmap,
     nc_curves,
     projection,
+    scatter,
     spectrum,
 )
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
@@ -22,7 +23,7 @@ from ncmethods.viz.run import (
     run_page,
     write_comparison,
 )
-from ncmethods.viz.tables import ACCURACY, GEOMETRY, PANELS, summary, text_table
+from ncmethods.viz.tables import ACCURACY, GEOMETRY, PANELS, paired, summary, text_table
 
 __all__ = [
     "ACCURACY",
@@ -46,9 +47,11 @@ __all__ = [
     "layer_heatmap",
     "measure_table",
     "nc_curves",
+    "paired",
     "projection",
     "run_figures",
     "run_page",
+    "scatter",
     "spectrum",
     "summary",
     "text_table",

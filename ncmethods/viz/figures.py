@@ -299,6 +299,44 @@ def comparison(
     return figure
 
 
+def scatter(
+    results: Mapping[str, Mapping[str, Sequence[float | None]]],
+    x: tuple[str, str],
+    y: tuple[str, str],
+) -> Figure:
+    """One measure against another: a small dot per seed, a large one at the mean of a method.
+
+    Args:
+        results: method → metric → its values over the seeds, in the same order for both measures.
+        x: metric and axis title with the unit.
+        y: likewise; its title stands above the axes.
+
+    Raises:
+        InputError: no method has a seed with both measures.
+    """
+    figure, axes = _figure(3.4)
+    handles: dict[str, Any] = {}
+    for method, color in zip(results, _cycle(COLORS), strict=False):
+        both = zip(*(results[method].get(key, []) for key, _ in (x, y)), strict=False)
+        pairs = [(a, b) for a, b in both if None not in (a, b)]
+        points = torch.tensor(pairs, dtype=torch.float64).view(-1, 2)
+        points = points[points.isfinite().all(1)]
+        if not len(points):
+            continue
+        mean = points.mean(0).tolist()
+        axes.plot(*points.T, "o", ms=2.5, color=color, alpha=0.6, mew=0)
+        (handles[method],) = axes.plot(*mean, "o", ms=6, color=color)
+    if not handles:
+        raise InputError(
+            f"No method has a seed with both {x[0]} and {y[0]}; "
+            f"methods: {', '.join(results) or 'none'}."
+        )
+    _legend(figure, handles)
+    axes.set_xlabel(x[1], fontsize=SMALL)
+    axes.set_title(y[1], fontsize=TITLE, color=INK, loc="left")
+    return figure
+
+
 def layer_heatmap(
     rows: Rows,
     key: str,

@@ -7,10 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncmethods._core import CheckpointError, write_text
-from ncmethods.viz.figures import class_accuracy, comparison, confusion, cosine_heatmap, nc_curves
+from ncmethods._core import CheckpointError, InputError, write_text
+from ncmethods.viz.figures import (
+    class_accuracy,
+    comparison,
+    confusion,
+    cosine_heatmap,
+    nc_curves,
+    scatter,
+)
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
-from ncmethods.viz.tables import summary, text_table
+from ncmethods.viz.tables import paired, summary, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +112,8 @@ def write_comparison(
     """
     last = {method: [rows[-1] for _, rows in of] for method, of in runs.items()}
     filled = [summary(last, columns) for columns in tables]
+    if len(runs) > 1:
+        filled.append(paired(last, tables[0]))
     text = "\n\n".join(text_table(*table) for table in filled)
     write_text(out / "table.md", text + "\n")
     comparison_page(out / "report.html", filled, runs, panels, command=command)
@@ -138,6 +147,7 @@ def comparison_page(
         Text(_described(first)),
         *(Table(*table, caption="Mean ± sd over seeds; last epoch.") for table in tables),
         Image(comparison(values, panels), "Methods side by side: mean ± sd, one dot per seed."),
+        *_against(values, panels),
         Image(
             nc_curves(curves, prefixes=("train",)),
             "Neural collapse of the training features: mean and range over seeds.",
@@ -149,6 +159,18 @@ def comparison_page(
         sections += [Image(figures[key], _CAPTIONS[key]) for key in ("accuracy", "means", "rows")]
     sections += [Details("Command", command), Details("Settings of the first run", first)]
     return html_report(path, title="Comparison", sections=sections)
+
+
+def _against(
+    values: Mapping[str, Mapping[str, Sequence[float | None]]], panels: Mapping[str, str]
+) -> list[Section]:
+    """The measure of the first panel against that of the last: accuracy against geometry."""
+    (y, accuracy), *_, (x, geometry) = panels.items()
+    try:
+        figure = scatter(values, (x, geometry.replace("\n", " ")), (y, accuracy))
+    except InputError:  # nothing to draw
+        return []
+    return [Image(figure, "Geometry and accuracy: a small dot per seed.")]
 
 
 def _config(directory: Path) -> dict[str, Any]:

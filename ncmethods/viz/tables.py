@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["ACCURACY", "GEOMETRY", "PANELS", "summary", "text_table"]
+__all__ = ["ACCURACY", "GEOMETRY", "PANELS", "paired", "summary", "text_table"]
 
 # Column title: (key of a row, factor, decimals).
 ACCURACY = {
@@ -33,8 +33,8 @@ GEOMETRY = {
 PANELS = {
     "test/accuracy": "accuracy",
     "test/accuracy/few": "accuracy, few",
-    "train/angle/rare_means_min": "rare means: smallest\nangle, degrees",
     "train/angle/rare_weight_min": "rare rows: smallest\nangle, degrees",
+    "train/angle/rare_means_min": "rare means: smallest\nangle, degrees",
 }
 
 
@@ -62,6 +62,41 @@ def summary(
             row.append(cell)
         rows.append(row)
     return ["method", *columns], rows
+
+
+def paired(
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    columns: Mapping[str, tuple[str, float, int]],
+) -> tuple[list[str], list[list[str]]]:
+    """Differences to the first method, seed by seed: mean ± their sample standard deviation.
+
+    Seeds that share their images and their start differ less within a pair than between pairs, so
+    these are sharper than the difference of two means.
+
+    Args:
+        results: method → the last row of each seed, all in the same order of seeds.
+        columns: title → (key, factor, decimals).
+
+    Returns:
+        Column titles and rows of text for all methods but the first; a dash where no pair of seeds
+        has the measure.
+    """
+    first, *others = results
+    rows = []
+    for method in others:
+        row = [method]
+        for key, factor, decimals in columns.values():
+            values = [
+                factor * (b[key] - a[key])
+                for a, b in zip(results[first], results[method])
+                if a.get(key) is not None and b.get(key) is not None
+            ]
+            cell = f"{statistics.fmean(values):+.{decimals}f}" if values else "–"
+            if len(values) > 1:
+                cell += f" ± {statistics.stdev(values):.{decimals}f}"
+            row.append(cell)
+        rows.append(row)
+    return [f"minus {first}", *columns], rows
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

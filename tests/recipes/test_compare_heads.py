@@ -35,11 +35,12 @@ def test_every_method_gives_a_finite_table(tmp_path, monkeypatch):
     monkeypatch.setattr("ncmethods.viz.run.comparison_page", lambda *args, **kwargs: None)
     methods = tuple(m for m in recipe.METHODS if m not in ("narrow", "softmax-code"))
     main(tmp_path, methods)
-    accuracy, geometry = (tmp_path / "table.md").read_text().strip().split("\n\n")
+    accuracy, geometry, differences = (tmp_path / "table.md").read_text().strip().split("\n\n")
     for table in (accuracy, geometry):
         lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.split("\n")]
         assert [row[0] for row in lines[2:]] == list(methods)
         assert all(math.isfinite(float(cell)) for row in lines[2:] for cell in row[1:])
+    assert differences.startswith("| minus linear |")
     for method in methods:
         assert read_rows(tmp_path / method / "seed0/metrics.jsonl")[-1]["test/accuracy"] > 0.1
 
@@ -47,7 +48,7 @@ def test_every_method_gives_a_finite_table(tmp_path, monkeypatch):
 def test_pages_and_the_rates_that_were_tried(tmp_path):
     main(tmp_path, ("linear", "guided"), lrs=(0.1, 0.2))
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 2 + 2 * 3
+    assert page.count("<img") == 3 + 2 * 3
     assert {p.name for p in (tmp_path / "tuning/guided").iterdir()} == {"lr=0.1", "lr=0.2"}
     assert (tmp_path / "guided/seed0/report.html").exists()
 
