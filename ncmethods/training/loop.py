@@ -66,7 +66,9 @@ def fit(
     Args:
         model: description of the Classifier.
         loss: a function of any of ``features, logits, labels, weight, bias, counts, epoch,
-            epochs``, by these names (epoch from 0).
+            epochs``, by these names (epoch from 0). Or a class of modules, or a partial of one,
+            with such a ``forward``, built as ``loss(num_classes=K, dim=D)``: its parameters are
+            trained and saved in the checkpoints, those of ``param_group()`` as that says.
         splits: training and test images.
         config: hyperparameters.
         out: the run directory.
@@ -159,17 +161,21 @@ def fit(
     )
     train, test = loader("train", train=False), loader("test", train=False)
     net = build_model(model, seed=seed).to(here.device)
+    criterion = _built(loss, net, seed).to(here.device)
+    both = nn.ModuleList([net, criterion])
     optimizer = torch.optim.SGD(
-        [p for p in net.parameters() if p.requires_grad],
+        _param_groups(both),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
     )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     state = load_checkpoint(out) or {"step": 0, "offset": 0, "loss": 0.0}
     if "model" in state:
         _check_same(record, json.loads(state["config"]), out)
         net.load_state_dict(state["model"])
+        criterion.load_state_dict(state.get("criterion", {}))
         optimizer.load_state_dict(state["optimizer"])
 
     per_epoch = len(batches)
@@ -212,23 +218,24 @@ def fit(
         while step < total:
             epoch, start = divmod(step, per_epoch)
             for batch in batches.epoch(epoch, start):
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * lr_factor(config, step, per_epoch)
+                factor = lr_factor(config, step, per_epoch)
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * factor
                 torch.manual_seed((seed * 1_000_003 + step) * 1_009 + here.rank)  # dropout
-                value = batch.share * _loss(net, loss, batch, counts, epoch, config)
+                value = batch.share * _loss(net, criterion.forward, batch, counts, epoch, config)
                 if here.device.type == "cpu" and not math.isfinite(value.item()):
                     raise _non_finite(out, net, batch, seed, epoch, step, step, here)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
-                average_gradients(net, here.world)
+                average_gradients(both, here.world)
                 if config.clip_norm > 0:
-                    nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+                    nn.utils.clip_grad_norm_(both.parameters(), config.clip_norm)
                 optimizer.step()
                 losses[step % per_epoch] = value.detach()
                 step += 1
                 if step % every == 0 and step % per_epoch:
                     so_far += everywhere()
-                    _save(out, record, net, optimizer, step, so_far, tracker, here)
+                    _save(out, record, both, optimizer, step, so_far, tracker, here)
             so_far += everywhere()
             row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"]}
             row["train/loss"] = so_far / per_epoch
@@ -251,9 +258,40 @@ def fit(
                 tracker.table("final", ("measure", "value"), sorted(row.items()))
                 write_text(out / "result.json", json.dumps(_finite(row)) + "\n")
             elif step % every == 0 or config.measured(epoch + 1):
-                _save(out, record, net, optimizer, step, 0.0, tracker, here)
+                _save(out, record, both, optimizer, step, 0.0, tracker, here)
             began = time.perf_counter()
     return _finite(row)
+
+
+class _Function(nn.Module):
+    """A loss without parameters of its own."""
+
+    def __init__(self, function: Loss) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def _built(loss: Loss, net: Classifier, seed: int) -> nn.Module:
+    """The loss as a module, built for the head's K and D where ``loss`` is a class of modules."""
+    kind = loss.func if isinstance(loss, partial) else loss
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        return _Function(loss)
+    head: Any = net.head
+    K, D = head.weight.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: Any = loss(num_classes=K, dim=D)
+    module: nn.Module = made
+    return module
+
+
+def _param_groups(both: nn.Module) -> list[dict[str, Any]]:
+    """Groups for the optimizer: those of each ``param_group()``, and before them all the others."""
+    makers: list[Any] = [m for m in both.modules() if hasattr(m, "param_group")]
+    own = [module.param_group() for module in makers]
+    claimed = {id(p) for group in own for p in group["params"]}
+    others = [p for p in both.parameters() if p.requires_grad and id(p) not in claimed]
+    return [{"params": others}, *own]
 
 
 def _name(loss: Loss) -> str:
@@ -374,7 +412,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _save(
     out: Path,
     record: dict[str, Any],
-    net: nn.Module,
+    both: nn.ModuleList,
     optimizer: torch.optim.Optimizer,
     step: int,
     losses: float,
@@ -387,7 +425,8 @@ def _save(
             "step": step,
             "loss": losses,
             "offset": tracker.position(),
-            "model": net.state_dict(),
+            "model": both[0].state_dict(),
+            "criterion": both[1].state_dict(),
             "optimizer": optimizer.state_dict(),
         }
         save_checkpoint(out, state, step)

@@ -327,3 +327,52 @@ def test_a_sampled_run_shows_the_classes_evenly(tmp_path):
     by_epoch = [sum(count for e, count in seen if e == epoch) for epoch in range(3)]
     assert by_epoch[0].tolist() == [40, 30, 14, 8]
     assert by_epoch[2].tolist() == [23, 23, 23, 23]
+
+
+class Centres(torch.nn.Module):
+    """Cross-entropy and learned centres."""
+
+    def __init__(self, num_classes, dim, nc1=0.01):
+        super().__init__()
+        self.regularizer = losses.CentreRegularizer(num_classes, dim, nc1=nc1)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, features, logits, labels):
+        return ce(self.scale * logits, labels) + self.regularizer(features, labels)
+
+
+def test_a_loss_with_parameters_is_trained_saved_and_resumed(tmp_path):
+    run(tmp_path / "whole", loss=partial(Centres, nc1=0.02))
+    state = torch.load(sorted((tmp_path / "whole").glob("*.pt"))[-1], weights_only=True)
+    centres = state["criterion"]["regularizer.centres"]
+    torch.manual_seed(0)
+    start = torch.randn(4, 64)
+    assert centres.shape == (4, 64)
+    assert not torch.equal(centres, start)
+    assert state["criterion"]["scale"] != 1
+    groups = state["optimizer"]["param_groups"]
+    assert [len(g["params"]) for g in groups] == [len(list(net_parameters())) + 1, 1]
+    assert groups[1]["momentum"] == 0
+    assert groups[1]["lr"] / groups[0]["lr"] == pytest.approx(0.5 / 0.02 / 0.05)
+
+    original, left = loop.lr_factor, [7]
+
+    class Stopped(Exception):
+        pass
+
+    def factor(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "lr_factor", factor)
+        with pytest.raises(Stopped):
+            run(tmp_path / "stopped", loss=partial(Centres, nc1=0.02))
+    run(tmp_path / "stopped", loss=partial(Centres, nc1=0.02))
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def net_parameters():
+    return build_model(CNN).parameters()
