@@ -366,7 +366,8 @@ def find_heads(
         said = _said_classes(net)
         fitting = [n for n in linears if said is not None and _rows(modules[n]) == said]
         only = linears if len(linears) == 1 else fitting
-        main = _at_home(modules, layers) or (only[0] if len(only) == 1 else None)
+        at_home = _at_home(modules, fitting) or _at_home(modules, layers)
+        main = at_home or (only[0] if len(only) == 1 else None)
     if main is not None:
         group = declared if main in declared else []
         group = [n for n in layers if n in group or _twins(n, main, modules)]

@@ -7,6 +7,7 @@ before any L2 normalisation.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -178,6 +179,21 @@ class Captured:
         self._features = None
 
 
+class _Watched:
+    """A head's ``embed`` that shows what it returns; a copy of the head has its own, unwatched."""
+
+    def __init__(self, embed: Callable[..., Tensor], seen: Captured) -> None:
+        self.embed, self.seen = embed, seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        features = self.embed(*args, **kwargs)
+        self.seen._features = _pooled(features)
+        return features
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.embed, memo)  # a bound method, of the copied head
+
+
 @contextmanager
 def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     """Watch what the rows of the classifier act on, in forward passes made by any loop.
@@ -204,14 +220,8 @@ def capture(model: nn.Module, *, name: str | None = None) -> Iterator[Captured]:
     seen = Captured()
     with ExitStack() as stack:
         if is_head(head) and not isinstance(head.embed, nn.Module):
-            embed, before_us = head.embed, vars(head).get("embed")  # another capture's, perhaps
-
-            def watched(*args: Any, **kwargs: Any) -> Tensor:
-                features: Tensor = embed(*args, **kwargs)
-                seen._features = _pooled(features)
-                return features
-
-            head.embed = watched
+            before_us = vars(head).get("embed")  # another capture's, perhaps
+            head.embed = _Watched(head.embed, seen)
             if before_us is None:
                 stack.callback(delattr, head, "embed")
             else:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
@@ -37,9 +37,35 @@ def ldam_drw(logits: Tensor, labels: Tensor, counts: Tensor, epoch: int, epochs:
     return losses.ldam(logits, labels, counts, class_weight=late)
 
 
+def drw(logits: Tensor, labels: Tensor, counts: Tensor, epoch: int, epochs: int) -> Tensor:
+    """Cross-entropy, re-weighted in the last fifth of training."""
+    weight = losses.drw_weights(counts).to(logits) if epoch >= 0.8 * epochs else None
+    return F.cross_entropy(logits, labels, weight=weight)
+
+
+class Centres(nn.Module):
+    """Cross-entropy, and features that follow learned centres which keep apart."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.regularizer = losses.CentreRegularizer(num_classes, dim)
+
+    def forward(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of both."""
+        penalty: Tensor = self.regularizer(features, labels)
+        return F.cross_entropy(logits, labels) + penalty
+
+
 METHODS = {
     "ce": Method("linear", ce),
     "la": Method("linear", losses.logit_adjusted),
+    "vs": Method("linear", losses.vector_scaling),
+    "focal": Method("linear", losses.focal),
+    "mse": Method("linear", losses.mse),
+    "drw": Method("linear", drw),
+    "mixup-drw": Method("linear", drw, train={"mixup": 1.0}),
+    "balanced-sampling": Method("linear", ce, train={"sampling": "balanced"}),
+    "centres": Method("linear", Centres),
     "ldam-drw": Method("cosine_head", ldam_drw),
     "etf-ce": Method("etf_head", ce),
     "etf-la": Method("etf_head", losses.logit_adjusted),
@@ -54,7 +80,8 @@ class LongTailed:
     """Train long-tailed methods side by side and report accuracy and geometry."""
 
     methods: tuple[str, ...] = ("ce", "la", "etf-dr-balanced")
-    """Any of: ce, la, ldam-drw, etf-ce, etf-la, etf-dr, etf-dr-balanced."""
+    """Any of: ce, la, vs, focal, mse, drw, mixup-drw, balanced-sampling, centres, ldam-drw, etf-ce,
+    etf-la, etf-dr, etf-dr-balanced."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed."""
     out: Path = Path("runs/long-tailed")

@@ -1,7 +1,10 @@
+import copy
 import dataclasses
 import json
 import os
+import pickle
 from collections import namedtuple
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -443,6 +446,28 @@ def test_captures_nest():
     assert len(outer.features) == 5
     assert len(inner.features) == 2
     assert vars(model.head) == before
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_copy_made_inside_capture_is_a_model_of_its_own(blocks):
+    """As an EMA made in the block: its head must not call the original's neck."""
+    net = nn.Sequential(nn.Linear(6, 12), heads.etf_head(12, 5, neck="linear"))
+    x = torch.randn(4, 6)
+    with ExitStack() as stack:
+        seen = [stack.enter_context(capture(net)) for _ in range(blocks)][-1]
+        twin = copy.deepcopy(net)
+        net(x)
+        before = seen.features
+        with torch.no_grad():
+            twin[1].neck.weight.mul_(-1)
+        twin(x)
+        assert seen.features is before  # only the original is watched
+        with torch.no_grad():
+            net[1].neck.weight.zero_()
+        assert twin[1].embed(torch.ones(1, 12)).abs().sum() > 0
+    again = pickle.loads(pickle.dumps(copy.deepcopy(twin)))
+    torch.testing.assert_close(again(x), twin(x))
+    assert "embed" not in vars(net[1])
 
 
 def test_capture_holds_the_last_forward():

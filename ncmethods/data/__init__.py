@@ -1,5 +1,6 @@
 """Images and labels as tensors: datasets, long-tail profiles, a device-resident loader."""
 
+from ncmethods.data import glyphs
 from ncmethods.data.datasets import ImageData, Splits, available, fetch, hold_out, load, names
 from ncmethods.data.loader import Batch, DeviceLoader, channel_stats
 from ncmethods.data.longtail import (
@@ -30,6 +31,7 @@ __all__ = [
     "class_shares",
     "default_order",
     "fetch",
+    "glyphs",
     "hold_out",
     "load",
     "long_tail_counts",

@@ -157,10 +157,11 @@ def load(
 ) -> Splits:
     """Training and test images of a dataset, verified against its checksums.
 
-    ``fashion-mini`` and ``digits`` need no file. ``fashion-mnist``, ``cifar10`` and ``cifar100``
-    are looked for in ``root``, ``$NCMETHODS_DATA``, ``~/.cache/ncmethods`` and where Debian's
-    ``dataset-fashion-mnist`` puts them. ``image-folder`` reads ``root/train/CLASS/*`` and
-    ``root/test`` (or ``root/val``), or ``root/CLASS/*`` with a seeded 80/20 split of each class.
+    ``fashion-mini``, ``glyphs-mini`` and ``digits`` need no file. ``fashion-mnist``, ``cifar10``,
+    ``cifar100`` and ``glyphs`` are looked for in ``root``, ``$NCMETHODS_DATA``,
+    ``~/.cache/ncmethods`` and where Debian's ``dataset-fashion-mnist`` puts them. ``image-folder``
+    reads ``root/train/CLASS/*`` and ``root/test`` (or ``root/val``), or ``root/CLASS/*`` with a
+    seeded 80/20 split of each class.
 
     Args:
         name: one of ``names()``.
@@ -194,30 +195,39 @@ def available(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     where = None if root is None else Path(root).expanduser()
     if name == "image-folder":
         return where is not None and where.is_dir()
+    if name == "glyphs":
+        from ncmethods.data import glyphs
+
+        return glyphs.located(where) is not None
     return name not in _FILES or any(not lacking for *_, lacking in _places(name, where))
 
 
 def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     """Download a dataset, verify it, and return the directory that holds its files.
 
-    A good copy in a place where ``load(name, root)`` looks is left as it is.
+    A good copy in a place where ``load(name, root)`` looks is left as it is. ``glyphs`` is drawn
+    here, from fonts that Debian packages install.
 
     Args:
-        name: ``fashion-mnist``, ``cifar10`` or ``cifar100``.
+        name: ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``glyphs``.
         root: where to put it; ``$NCMETHODS_DATA`` or ``~/.cache/ncmethods`` if None.
 
     Raises:
         InputError: unknown name, or a dataset that needs no download.
-        DataError: the download failed, or what came is not the dataset.
+        DataError: the download failed, what came is not the dataset, or too few fonts are here.
     """
     check_choice(name, names(), "dataset")
+    if name == "glyphs":
+        from ncmethods.data import glyphs
+
+        return glyphs.fetch(None if root is None else Path(root).expanduser())
     if name not in _FILES:
         raise InputError(
             f"{name!r} needs no download: load({name!r}) reads "
             + ("your own folder, given as root." if name == "image-folder" else "it as it is.")
         )
     where = None if root is None else Path(root).expanduser()
-    home = where or _homes(None)[0]
+    home = where or homes(None)[0]
     try:
         load(name, where)
     except DataError:
@@ -229,7 +239,7 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 # --- finding and checking files -----------------------------------------------------------------
 
 
-def _homes(root: Path | None) -> list[Path]:
+def homes(root: Path | None) -> list[Path]:
     """Directories that are searched, in this order."""
     given = os.environ.get("NCMETHODS_DATA")
     places = [root, Path(given).expanduser() if given else None]
@@ -244,7 +254,7 @@ def _path(folder: Path, name: str) -> Path:
 
 def _places(name: str, root: Path | None) -> Iterator[tuple[Path, str, list[str]]]:
     """Every directory that may hold dataset ``name``, the layout there, and the files it lacks."""
-    for home in _homes(root):
+    for home in homes(root):
         for layout, files in _FILES[name].items():
             for folder in (home, home / layout, home / name / layout, home / "FashionMNIST/raw"):
                 yield folder, layout, [file for file in files if not _path(folder, file).is_file()]
@@ -258,13 +268,13 @@ def _located(name: str, root: Path | None) -> tuple[Path, str]:
             return folder, layout
         if len(lacking) < len(_FILES[name][layout]):
             partial = partial or f"; {folder} lacks {', '.join(lacking)}"
-    homes = _homes(root)
+    searched = homes(root)
     layout, files = next(iter(_FILES[name].items()))
     debian = ", or `apt-get install dataset-fashion-mnist`" if name == "fashion-mnist" else ""
     raise DataError(
-        f"{name} is not on this machine (looked in {', '.join(map(str, homes))}{partial}). "
+        f"{name} is not on this machine (looked in {', '.join(map(str, searched))}{partial}). "
         f"Run `ncmethods fetch {name}`{debian}, or put {', '.join(files)} into "
-        f"{homes[0] / layout}. Without a download, `fashion-mini` runs now."
+        f"{searched[0] / layout}. Without a download, `fashion-mini` runs now."
     )
 
 
@@ -506,6 +516,18 @@ def _class_folders(folder: Path, size: int, classes: tuple[str, ...] | None = No
     return _image_data(np.stack(images), np.asarray(labels), found)
 
 
+def _glyphs_mini(root: Path | None) -> Splits:
+    from ncmethods.data import glyphs
+
+    return glyphs.load("glyphs-mini", root)
+
+
+def _glyphs(root: Path | None) -> Splits:
+    from ncmethods.data import glyphs
+
+    return glyphs.load("glyphs", root)
+
+
 def _resized(data: ImageData, size: int) -> ImageData:
     images = F.interpolate(data.images, (size, size), mode="bilinear", antialias=True)
     return replace(data, images=images)
@@ -513,10 +535,12 @@ def _resized(data: ImageData, size: int) -> ImageData:
 
 _LOADERS: dict[str, Callable[[Path | None], Splits]] = {
     "fashion-mini": _fashion_mini,
+    "glyphs-mini": _glyphs_mini,
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
+    "glyphs": _glyphs,
 }
 
 

@@ -34,7 +34,7 @@ from ncmethods.training.runs import read_json
 
 __all__ = ["NonFiniteLoss", "fit"]
 
-Loss = Callable[..., Tensor]
+Loss = Callable[..., Any]
 Draw = Callable[[Path, list[dict[str, Any]]], Mapping[str, Any]]
 
 
@@ -326,7 +326,7 @@ def _loss(
         "epoch": epoch,
         "epochs": config.epochs,
     }
-    value = loss(**bind(loss, available))
+    value: Tensor = loss(**bind(loss, available))
     if batch.y_mix is None:
         return value
     other = loss(**bind(loss, available | {"labels": batch.y_mix}))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor
 
 from ncmethods._core import InputError, check_choice, write_text
 from ncmethods.data import Splits, TailConfig, class_counts, hold_out
@@ -29,15 +28,18 @@ class Method(NamedTuple):
 
     Args:
         head: ``"linear"``, or a builder in ``ncmethods.heads`` by name.
-        loss: a function of any of the names that :func:`ncmethods.training.fit` binds.
+        loss: as in :func:`ncmethods.training.fit`: a function of any of the names that it binds, or
+            a class of modules.
         head_args: keyword arguments of the builder.
         backbone: in place of the one that the others share.
+        train: fields of the TrainConfig that are part of the method, as ``{"mixup": 1.0}``.
     """
 
     head: str
-    loss: Callable[..., Tensor]
+    loss: Callable[..., Any]
     head_args: Mapping[str, Any] = {}
     backbone: str | None = None
+    train: Mapping[str, Any] = {}
 
 
 class Job(NamedTuple):
@@ -106,7 +108,8 @@ def sweep(
             for group, of in (groups or {}).items():
                 print(f"{group}: classes {_shown(of)}")
         for name, method, tails in jobs:
-            config = candidates[0]
+            grid = [replace(config, **method.train) for config in candidates]
+            config = grid[0]
             for seed, tail in zip(seeds, tails):
                 splits = load(tail)
                 spec = ModelConfig(
@@ -116,12 +119,12 @@ def sweep(
                     method.head,
                     dict(method.head_args),
                 )
-                if seed == seeds[0] and len(candidates) > 1:
+                if seed == seeds[0] and len(grid) > 1:
                     config, accuracies = tune(
-                        spec, method.loss, splits, candidates, out / "tuning" / name,
+                        spec, method.loss, splits, grid, out / "tuning" / name,
                         here=here, seed=seed, method=name, data=tail.record(),
                     )  # fmt: skip
-                    best = _differing(candidates, config)
+                    best = _differing(grid, config)
                     chosen[name] = {"chosen": best, "held-out accuracy": accuracies}
                     if here.first:
                         shown = ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracies.items())
@@ -147,7 +150,7 @@ def sweep(
 
 def tune(
     model: ModelConfig,
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     splits: Splits,
     candidates: Sequence[TrainConfig],
     out: Path,

@@ -701,3 +701,16 @@ def test_classifier_compiles(head):
     out = compiled(x)
     assert isinstance(out, heads.Output)
     torch.testing.assert_close(tuple(out), tuple(model(x)))
+
+
+def test_the_number_of_labels_decides_between_a_head_and_a_classifier():
+    """As in ModernBERT: ``head.dense`` stands before ``classifier``."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(num_labels=3)
+            self.body, self.head = nn.Linear(6, 16), nn.ModuleDict({"dense": nn.Linear(16, 16)})
+            self.classifier = nn.Linear(16, 3)
+
+    assert find_head(Model()).name == "classifier"

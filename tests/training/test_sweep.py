@@ -138,3 +138,11 @@ def test_hold_out_is_seeded_and_keeps_every_class():
     assert not torch.equal(one.test.images, other.test.images)
     with pytest.raises(data.datasets.DataError, match="at least 2 images"):
         data.hold_out(part([40, 30, 14, 1], 1), "x")
+
+
+def test_a_method_has_its_own_hyperparameters(tmp_path):
+    method = Method("linear", ce, train={"mixup": 0.5, "sampling": "sqrt"})
+    trained(tmp_path, [Job("mixed", method, [TAIL])], seeds=(0,), lrs=(0.05, 0.1))
+    for run in ("mixed/seed0", "tuning/mixed/lr=0.1"):
+        config = json.loads((tmp_path / run / "config.json").read_text())["train"]
+        assert (config["mixup"], config["sampling"]) == (0.5, "sqrt")
