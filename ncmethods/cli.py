@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -22,6 +23,7 @@ import torch
 import tyro
 
 import ncmethods
+from ncmethods._config import as_json
 from ncmethods._core import InputError, NCError, atomic_path, check_choice, find_head, write_text
 from ncmethods.stats import ClassStats
 
@@ -489,10 +491,10 @@ def moments(part: Any, groups: int = 0) -> ClassStats:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Download a dataset into the cache and check it."""
+    """Put a dataset into the cache and check it: downloaded, or drawn from fonts (glyphs)."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """fashion-mnist, cifar10 or cifar100."""
+    """fashion-mnist, cifar10, cifar100 or glyphs."""
     root: Path | None = None
     """Where to put it, if not in the cache."""
 
@@ -512,6 +514,7 @@ class List:
 def list_names(_: List) -> None:
     """Run ``ncmethods list``."""
     from ncmethods import data, losses
+    from ncmethods.data import PROTOCOLS
     from ncmethods.training.config import HEADS
 
     how = {n: "" if data.available(n) else " (ncmethods fetch)" for n in data.names()}
@@ -523,9 +526,10 @@ def list_names(_: List) -> None:
     print("datasets:", ", ".join(name + needs for name, needs in how.items()))
     print("heads:   ", ", ".join(HEADS))
     print("losses:  ", ", ".join(n for n in losses.__all__ if n.islower()))
-    for recipe in ("long_tailed", "compare_heads"):
+    for recipe in ("long_tailed", "compare_heads", "stage_two"):
         methods = ", ".join(load_recipe(recipe).METHODS)
         print(f"methods of {recipe.replace('_', '-')}: {methods}")
+    print("protocols:", ", ".join(PROTOCOLS))
 
 
 @dataclass(frozen=True)
@@ -567,13 +571,46 @@ def copy(args: Copy) -> None:
     print(target)
 
 
+def has_protocols(kind: Any) -> bool:
+    """Whether a command starts from ``--protocol`` or ``--config`` where they are given."""
+    return {"protocol", "config"} <= {f.name for f in dataclass_fields(kind)}
+
+
+def starting_point(kind: type, argv: Sequence[str]) -> Any:
+    """What a recipe's options are before the command line: of ``--protocol``, then ``--config``.
+
+    Raises:
+        InputError: an unknown protocol, or a file that is not a recipe.json of this recipe.
+    """
+    from ncmethods import _config, data
+
+    said = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    said.add_argument("--protocol")
+    said.add_argument("--config")
+    try:
+        found, _ = said.parse_known_args(argv)
+    except argparse.ArgumentError:  # without a value: the parser to come says so
+        return kind()
+    start = kind()
+    if found.protocol not in (None, "None"):
+        values = data.protocol(found.protocol).values()
+        start = _config.filled(start, values, f"protocol {found.protocol}")
+    if found.config not in (None, "None"):
+        values = {**_config.read(Path(found.config)), "config": None}
+        start = _config.filled(start, values, found.config)
+    return start
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command."""
+    argv = sys.argv[1:] if argv is None else argv
     sys.path.append(str(Path.cwd()))  # where a user keeps package.module:factory
     long_tailed, compare_heads = load_recipe("long_tailed"), load_recipe("compare_heads")
+    stage_two = load_recipe("stage_two")
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
         "long-tailed": (long_tailed.LongTailed, long_tailed.main),
         "compare-heads": (compare_heads.CompareHeads, compare_heads.main),
+        "stage-two": (stage_two.StageTwo, stage_two.main),
         "measure": (Measure, measure),
         "extract": (Extract, extract),
         "fetch": (Fetch, fetch),
@@ -583,7 +620,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     union: Any = None
     for name, (config, _) in commands.items():
-        one: Any = Annotated[config, tyro.conf.subcommand(name, prefix_name=False)]
+        how: dict[str, Any] = {"prefix_name": False}
+        if argv[:1] == [name] and has_protocols(config):
+            try:
+                how["default"] = starting_point(config, argv)
+            except NCError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+        one: Any = Annotated[config, tyro.conf.subcommand(name, **how)]
         union = one if union is None else union | one
     chosen = tyro.cli(
         union,
@@ -594,6 +638,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     run = next(run for config, run in commands.values() if type(chosen) is config)
     try:
+        if has_protocols(type(chosen)) and os.environ.get("RANK", "0") == "0":
+            write_text(chosen.out / "recipe.json", as_json(chosen))
         run(chosen)
     except (NCError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_choice
 
-__all__ = ["SmallCNN", "build", "load_weights", "resnet18_narrow", "resnet32", "small_cnn"]
+__all__ = [
+    "SmallCNN",
+    "build",
+    "load_weights",
+    "resnet18_narrow",
+    "resnet32",
+    "resnet32_wide",
+    "small_cnn",
+]
 
 
 class SmallCNN(nn.Module):
@@ -111,12 +119,21 @@ def resnet32(in_channels: int = 3, width: int = 16) -> nn.Module:
 
     Args:
         in_channels: C of the images.
-        width: channels of the first stage; 32 for the doubled net of ETF+DR on CIFAR-100.
+        width: channels of the first stage.
 
     References:
         He et al. 2016, arXiv:1512.03385, §4.2 (n = 5, identity shortcuts).
     """
     return _ResNetCIFAR(in_channels, width, 5)
+
+
+def resnet32_wide(in_channels: int = 3) -> nn.Module:
+    """CIFAR ResNet-32 backbone of twice the width, 128 features: ETF + DR on CIFAR-100.
+
+    Args:
+        in_channels: C of the images.
+    """
+    return resnet32(in_channels, 32)
 
 
 class _Narrow(nn.Module):
@@ -162,6 +179,7 @@ def resnet18_narrow(in_channels: int = 3, dim: int = 10) -> nn.Module:
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "resnet32": resnet32,
+    "resnet32_wide": resnet32_wide,
     "resnet18_narrow": resnet18_narrow,
 }
 
@@ -170,7 +188,7 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
     """A model or backbone by name.
 
     Args:
-        name: ``small_cnn``, ``resnet32`` or ``resnet18_narrow`` (backbones),
+        name: ``small_cnn``, ``resnet32``, ``resnet32_wide`` or ``resnet18_narrow`` (backbones),
             ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory``, a callable without
             arguments.
         in_channels: C of the images, for our backbones.

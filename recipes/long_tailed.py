@@ -89,13 +89,17 @@ class LongTailed:
     control: bool = False
     """Also train cross-entropy on equally many balanced images."""
     backbone: str = "small_cnn"
-    """small_cnn, resnet32, torchvision:NAME, timm:NAME or package.module:factory."""
+    """small_cnn, resnet32, resnet32_wide, torchvision:NAME, timm:NAME or package.module:factory."""
     wandb: bool = True
     """Weights & Biases, offline unless a key is set; --no-wandb leaves it out."""
     data: data.TailConfig = field(default_factory=data.TailConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lrs: tuple[float, ...] = ()
     """Learning rates to choose from by held-out training images, for each method; else train.lr."""
+    protocol: str | None = None
+    """On the command line: start from a paper's constants (`ncmethods list`); other options win."""
+    config: Path | None = None
+    """On the command line: start from the recipe.json of another comparison; other options win."""
 
 
 def main(config: LongTailed) -> None:

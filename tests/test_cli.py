@@ -530,3 +530,49 @@ def test_the_weightings_of_the_command_are_those_of_the_metrics():
     from ncmethods.metrics._weighting import WEIGHTINGS
 
     assert list(get_args(cli.Weightings)) == list(WEIGHTINGS)
+
+
+def test_a_comparison_starts_from_a_file_and_other_options_win(tmp_path, capsys):
+    one = ["long-tailed", "--data.name", "digits", "--data.imbalance", "10", "--seeds", "3"]
+    one += ["--methods", "ce", "--train.epochs", "1", "--train.threads", "1", "--no-wandb"]
+    cli.main([*one, "--out", str(tmp_path / "one")])
+    saved = json.loads((tmp_path / "one/recipe.json").read_text())
+    assert (saved["data"]["imbalance"], saved["seeds"], saved["wandb"]) == (10, [3], False)
+    again = ["long-tailed", "--config", str(tmp_path / "one/recipe.json")]
+    cli.main([*again, "--out", str(tmp_path / "two")])
+    configs = [
+        json.loads((tmp_path / n / "ce/seed3/config.json").read_text()) for n in ("one", "two")
+    ]
+    assert configs[0] == configs[1]
+    cli.main([*again, "--out", str(tmp_path / "three"), "--methods", "la", "--train.lr", "0.05"])
+    config = json.loads((tmp_path / "three/la/seed3/config.json").read_text())
+    assert (config["train"]["lr"], config["train"]["epochs"]) == (0.05, 1)
+    assert not (tmp_path / "three/ce").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--protocol", "cifar10"], "Unknown protocol 'cifar10'"),
+        (["--config", "none.json"], "Cannot read the configuration none.json"),
+        (["--config", "list.json"], "one JSON object, got list"),
+        (["--config", "odd.json"], "Unknown option in odd.json 'lr'"),
+    ],
+)
+def test_a_start_that_does_not_exist(tmp_path, monkeypatch, capsys, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "odd.json").write_text('{"lr": 1}')
+    code, out, err = ends(capsys, "long-tailed", *given)
+    assert code == 2
+    assert said in flat(out + err)
+
+
+def test_a_protocol_sets_the_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    _, out, _ = ends(capsys, "long-tailed", "--protocol=cifar100-lt/etf-dr", "--help")
+    text = flat(out)
+    assert "(default: resnet32_wide)" in text
+    assert "(default: ce etf-dr-balanced)" in text
+    assert "(default: 0.0002)" in text

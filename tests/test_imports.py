@@ -18,6 +18,7 @@ HEAVY = ("torchvision", "timm", "wandb", "matplotlib", "sklearn", "scipy", "tqdm
 BELOW = {"frames", "stats"}
 ALLOWED = {
     "__init__": set(),
+    "_config": set(),
     "_core": set(),
     "_linalg": set(),
     "frames": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
     # Losses reach the loop as arguments, bound by name.
     "training": BELOW | {"features", "heads", "metrics", "models", "tracking", "data"},
 }
-EVERYWHERE = {"_core", "_linalg"}
+EVERYWHERE = {"_config", "_core", "_linalg"}
 FREE = {"testing", "integrations", "cli", "__main__", "recipes"}  # these may import anything,
 NOBODY = {"testing", "integrations", "cli", "recipes"}  # and nobody else imports these
 

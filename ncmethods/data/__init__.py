@@ -13,15 +13,18 @@ from ncmethods.data.longtail import (
     long_tailed,
     reorder,
 )
+from ncmethods.data.protocols import PROTOCOLS, Protocol, protocol
 from ncmethods.data.samplers import BoundBatches, ClassSampler, Sampling, class_shares
 
 __all__ = [
     "CONFUSABLE_ORDER",
+    "PROTOCOLS",
     "Batch",
     "BoundBatches",
     "ClassSampler",
     "DeviceLoader",
     "ImageData",
+    "Protocol",
     "Sampling",
     "Splits",
     "TailConfig",
@@ -38,5 +41,6 @@ __all__ = [
     "long_tail_indices",
     "long_tailed",
     "names",
+    "protocol",
     "reorder",
 ]

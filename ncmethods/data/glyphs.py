@@ -33,6 +33,23 @@ from torch import Tensor
 from ncmethods._core import DataError, InputError, atomic_path, check_choice, write_text
 from ncmethods.data.datasets import ImageData, Splits, homes
 
+__all__ = [
+    "PACKAGES",
+    "Drawings",
+    "Face",
+    "Families",
+    "GlyphSet",
+    "assemble",
+    "draw",
+    "faces",
+    "families",
+    "groups",
+    "hierarchy",
+    "is_letter",
+    "is_test",
+    "render",
+]
+
 Images = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 Units = NDArray[np.float32]

@@ -144,7 +144,8 @@ def fit(
         sampler = ClassSampler(
             splits.train.labels, config.sampling, epochs=config.epochs, seed=seed
         )
-        if "counts" in inspect.signature(loss).parameters:
+        smooths = _name(loss) == "label_aware_smoothing"  # takes counts, corrects no prior
+        if "counts" in inspect.signature(loss).parameters and not smooths:
             warnings.warn(
                 f"sampling={config.sampling!r} and the loss {_name(loss)}, which takes the class "
                 "counts, both correct for the class prior: rare classes are favoured twice.",
@@ -329,7 +330,7 @@ def _loss(
     value: Tensor = loss(**bind(loss, available))
     if batch.y_mix is None:
         return value
-    other = loss(**bind(loss, available | {"labels": batch.y_mix}))
+    other: Tensor = loss(**bind(loss, available | {"labels": batch.y_mix}))
     return batch.lam * value + (1 - batch.lam) * other
 
 
