@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ncmethods._core import InputError, check_choice, write_text
-from ncmethods.data import Splits, TailConfig, class_counts, hold_out
+from ncmethods.data import ImageData, Splits, TailConfig, class_counts, hold_out
 from ncmethods.tracking import read_rows
-from ncmethods.training.config import ModelConfig, TrainConfig
+from ncmethods.training.config import ModelConfig, TrainConfig, build_model
 from ncmethods.training.distributed import Process, process
 from ncmethods.training.loop import Draw, NonFiniteLoss, fit
 
@@ -102,8 +102,11 @@ def sweep(
     """
     chosen: dict[str, Any] = {}
     with process(candidates[0].device) as here:
+        first = load(jobs[0].data[0]).train
+        for job in jobs if len(jobs) > 1 else []:  # a head that cannot be says so before hours pass
+            build_model(_model(job.method, backbone, first))
         if here.first:
-            counts = class_counts(load(jobs[0].data[0]).train)
+            counts = class_counts(first)
             print(f"{jobs[0].data[0].name}: {_shown(counts.tolist())} training images per class")
             for group, of in (groups or {}).items():
                 print(f"{group}: classes {_shown(of)}")
@@ -112,13 +115,7 @@ def sweep(
             config = grid[0]
             for seed, tail in zip(seeds, tails):
                 splits = load(tail)
-                spec = ModelConfig(
-                    method.backbone or backbone,
-                    splits.train.images.shape[1],
-                    splits.train.num_classes,
-                    method.head,
-                    dict(method.head_args),
-                )
+                spec = _model(method, backbone, splits.train)
                 if seed == seeds[0] and len(grid) > 1:
                     config, accuracies = tune(
                         spec, method.loss, splits, grid, out / "tuning" / name,
@@ -201,6 +198,13 @@ def tune(
         accuracies[name] = round(float(recall.nanmean()), 6)
     best = max(accuracies, key=lambda name: accuracies[name])
     return next(c for c in candidates if _differing(candidates, c) == best), accuracies
+
+
+def _model(method: Method, backbone: str, data: ImageData) -> ModelConfig:
+    channels, K = data.images.shape[1], data.num_classes
+    return ModelConfig(
+        method.backbone or backbone, channels, K, method.head, dict(method.head_args)
+    )
 
 
 def _shown(numbers: Sequence[int]) -> str:

@@ -146,3 +146,11 @@ def test_a_method_has_its_own_hyperparameters(tmp_path):
     for run in ("mixed/seed0", "tuning/mixed/lr=0.1"):
         config = json.loads((tmp_path / run / "config.json").read_text())["train"]
         assert (config["mixup"], config["sampling"]) == (0.5, "sqrt")
+
+
+def test_a_head_that_cannot_be_says_so_before_anything_is_trained(tmp_path):
+    narrow = Method("etf_head", ce, {"dim": 2, "neck": "linear"})
+    jobs = [Job("ce", METHODS["ce"], [TAIL]), Job("narrow", narrow, [TAIL])]
+    with pytest.raises(InputError, match="dim"):
+        trained(tmp_path, jobs, seeds=(0,))
+    assert not (tmp_path / "ce").exists()
