@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +24,7 @@ from ncmethods.data import Batch, ClassSampler, DeviceLoader, Splits, channel_st
 from ncmethods.heads import Classifier, Output
 from ncmethods.stats import frequency_groups
 from ncmethods.tracking import Tracker, read_rows
+from ncmethods.training._prior import corrects, name_of, warn_twice
 from ncmethods.training.checkpoint import load_checkpoint, save_checkpoint
 from ncmethods.training.config import ModelConfig, TrainConfig, build_model, lr_factor
 from ncmethods.training.distributed import Process, average_gradients
@@ -144,13 +143,8 @@ def fit(
         sampler = ClassSampler(
             splits.train.labels, config.sampling, epochs=config.epochs, seed=seed
         )
-        smooths = _name(loss) == "label_aware_smoothing"  # takes counts, corrects no prior
-        if "counts" in inspect.signature(loss).parameters and not smooths:
-            warnings.warn(
-                f"sampling={config.sampling!r} and the loss {_name(loss)}, which takes the class "
-                "counts, both correct for the class prior: rare classes are favoured twice.",
-                stacklevel=2,
-            )
+        if corrects(loss):
+            warn_twice(f"sampling={config.sampling!r}", f"the loss {name_of(loss)}", stacklevel=2)
     batches = loader(
         "train",
         sampler=sampler,
@@ -293,13 +287,6 @@ def _param_groups(both: nn.Module) -> list[dict[str, Any]]:
     claimed = {id(p) for group in own for p in group["params"]}
     others = [p for p in both.parameters() if p.requires_grad and id(p) not in claimed]
     return [{"params": others}, *own]
-
-
-def _name(loss: Loss) -> str:
-    """Of the function inside any partials."""
-    while isinstance(loss, partial):
-        loss = loss.func
-    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _loss(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +17,8 @@ from ncmethods.features import FeatureSet
 from ncmethods.heads import to_linear
 from ncmethods.metrics import accuracy_by_class
 from ncmethods.stats import ClassStats, nth_of_class
-from ncmethods.training.loop import NonFiniteLoss, _name
+from ncmethods.training._prior import corrects, name_of, warn_twice
+from ncmethods.training.loop import NonFiniteLoss
 
 __all__ = [
     "crt",
@@ -382,8 +381,8 @@ def post_hoc(
     References:
         Menon et al., ICLR 2021, arXiv:2007.07314 (post-hoc logit adjustment).
     """
-    if loss is not None and _corrects(loss):
-        _warn_twice("post_hoc", f"the loss {_name(loss)}", stacklevel=3)
+    if loss is not None and corrects(loss):
+        warn_twice("post_hoc", f"the loss {name_of(loss)}", stacklevel=3)
     old = linear_rows(head)
     n = check_counts(counts, len(old.weight)).to(old.weight.device).double()
     layer = _layer(old.weight.shape, old.weight)
@@ -511,8 +510,8 @@ def _train(
     counts = class_counts(y, train.num_classes)
     if not bool(counts.any()):
         raise InputError("There are no labelled samples to train on.")
-    if plan.sampling != "instance" and _corrects(loss):
-        _warn_twice(f"sampling={plan.sampling!r}", f"the loss {_name(loss)}", stacklevel=4)
+    if plan.sampling != "instance" and corrects(loss):
+        warn_twice(f"sampling={plan.sampling!r}", f"the loss {name_of(loss)}", stacklevel=4)
     length = plan.length or int(counts.sum())
     if plan.length is None and plan.sampling == "balanced":
         length = int(counts.max()) * int((counts > 0).sum())
@@ -599,20 +598,3 @@ def _class_balanced(
     w = torch.where(n > 0, (1 - beta) / (1 - beta ** n.clamp(min=1)), 0)
     w = (w * n.sum() / (n @ w)).to(logits.dtype)
     return (w[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
-
-
-# Losses that take the counts without correcting for the prior.
-_NO_CORRECTION = ("label_aware_smoothing",)
-
-
-def _corrects(loss: Loss) -> bool:
-    """Whether ``loss`` corrects for the class prior: it takes the counts, by name."""
-    return _name(loss) not in _NO_CORRECTION and "counts" in inspect.signature(loss).parameters
-
-
-def _warn_twice(one: str, other: str, *, stacklevel: int) -> None:
-    warnings.warn(
-        f"Two prior corrections at once: {one} and {other} both correct for the class prior, so "
-        "rare classes are favoured twice.",
-        stacklevel=stacklevel + 1,
-    )

@@ -310,7 +310,7 @@ def test_mixed_images_have_no_class_mean(tmp_path):
 
 
 def test_sampling_and_a_loss_that_knows_the_counts_are_two_corrections(tmp_path):
-    with pytest.warns(UserWarning, match=r"'balanced' and the loss logit_adjusted, .* twice"):
+    with pytest.warns(UserWarning, match=r"'balanced' and the loss logit_adjusted both .* twice"):
         run(tmp_path / "both", loss=partial(losses.logit_adjusted, tau=0.5), sampling="balanced")
     run(tmp_path / "one", sampling="balanced")  # cross-entropy: no warning
     assert rows(tmp_path / "one")[-1]["step"] == rows(tmp_path / "both")[-1]["step"]
