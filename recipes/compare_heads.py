@@ -46,7 +46,7 @@ METHODS = {
 }
 ACCURACY = {k: viz.ACCURACY[k] for k in ("all %", "ECE", "NLL", "ECE, T", "NLL, T")}
 GEOMETRY = {k: viz.GEOMETRY[k] for k in ("NC1", "NC1 test", "NC2", "NC3")} | {
-    "min angle °": ("train/angle/rare_means_min", 1, 1),
+    "Gram, uncentred": ("train/nc2/gram_etf_means_uncentred", 1, 3),
 }
 PANELS = {
     "test/accuracy": "accuracy",
