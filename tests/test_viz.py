@@ -464,6 +464,13 @@ def test_scatter_pairs_the_seeds():
     assert [t.get_text() for t in legend.get_texts()] == ["ce", "dr"]
 
 
+def test_signed_cells_are_numbers():
+    from ncmethods.viz.page import _numeric
+
+    assert all(map(_numeric, ("+5.6 ± 0.2", "-2.5 ± 0.9", "−1", "71.2 ± 0.4", "–", None, 3)))
+    assert not any(map(_numeric, ("ce", "+x", True, "minus ce")))
+
+
 def test_paired_differences_by_hand():
     results = {
         "ce": [{"acc": 0.5}, {"acc": 0.7}, {"acc": None}],

@@ -156,7 +156,7 @@ def _numeric(value: Any) -> bool:
     """Whether a cell is a number, or text that starts as one ("71.2 ± 0.4"), or empty."""
     if value is None or isinstance(value, int | float):
         return not isinstance(value, bool)
-    return str(value)[:1].isdigit() or str(value)[:2].strip("-−–.")[:1].isdigit() or value == "–"
+    return str(value)[:1].isdigit() or str(value)[:2].strip("+-−–.")[:1].isdigit() or value == "–"
 
 
 def _cell(value: Any) -> str:

@@ -145,7 +145,7 @@ def comparison_page(
     first = _config(next(iter(runs.values()))[0][0])
     sections: list[Section] = [
         Text(_described(first)),
-        *(Table(*table, caption="Mean ± sd over seeds; last epoch.") for table in tables),
+        *(Table(*table, caption=_caption(table)) for table in tables),
         Image(comparison(values, panels), "Methods side by side: mean ± sd, one dot per seed."),
         *_against(values, panels),
         Image(
@@ -159,6 +159,12 @@ def comparison_page(
         sections += [Image(figures[key], _CAPTIONS[key]) for key in ("accuracy", "means", "rows")]
     sections += [Details("Command", command), Details("Settings of the first run", first)]
     return html_report(path, title="Comparison", sections=sections)
+
+
+def _caption(table: tuple[Sequence[str], Sequence[Sequence[Any]]]) -> str:
+    if table[0][0].startswith("minus "):
+        return "Differences to the first method, paired by seed: mean ± sd over seeds."
+    return "Mean ± sd over seeds; last epoch."
 
 
 def _against(

@@ -100,7 +100,9 @@ def test_mean_sd_and_pages(two_seeds):
     one, two = (100 * last(two_seeds / "ce" / f"seed{s}")["test/accuracy"] for s in (0, 1))
     assert mean == pytest.approx((one + two) / 2, abs=0.06)
     assert sd == pytest.approx(abs(one - two) / math.sqrt(2), abs=0.06)
-    assert "Comparison" in (two_seeds / "report.html").read_text()
+    page = (two_seeds / "report.html").read_text()
+    assert "Comparison" in page
+    assert "paired by seed" not in page  # there is one method
     for seed in (0, 1):
         page = (two_seeds / "ce" / f"seed{seed}" / "report.html").read_text()
         assert page.count("<img") == 5
