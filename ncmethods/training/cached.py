@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -29,6 +28,7 @@ from ncmethods.features import FeatureSet, extract
 from ncmethods.stats import nth_of_class
 from ncmethods.tracking import read_rows
 from ncmethods.training.evaluate import Evaluation
+from ncmethods.training.loop import _finite
 from ncmethods.training.runs import load_run, read_json
 
 __all__ = ["CachedRun", "check_one_method"]
@@ -66,6 +66,7 @@ class CachedRun:
         content = (self.place / "weights.safetensors").read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
         self._store = Path(store) / f"seed{self.seed}-{self.digest[:12]}"
+        self._held: dict[str, FeatureSet] = {}  # read once, for all methods
 
     @property
     def method(self) -> str:
@@ -88,8 +89,11 @@ class CachedRun:
             DataError: the dataset is missing or damaged.
             InputError: it is not the one that the run was trained on.
         """
-        path = self._store / f"{split}.safetensors"
-        return FeatureSet.load(path) if path.exists() else self._extract(split, path)
+        if split not in self._held:
+            path = self._store / f"{split}.safetensors"
+            found = FeatureSet.load(path) if path.exists() else self._extract(split, path)
+            self._held[split] = found
+        return self._held[split]
 
     def unseen(self, per_class: int) -> FeatureSet | None:
         """Features of images of the dataset's training set that the tail has left out.
@@ -205,8 +209,9 @@ class CachedRun:
         record = json.dumps(self._record(name, settings), indent=1)
         write_text(place / "config.json", record + "\n")
         whole = {"epoch": self.config["train"]["epochs"], **row, **(extra or {})}
-        text = json.dumps({k: v if math.isfinite(v) else None for k, v in whole.items()})
-        write_text(place / "metrics.jsonl", text + "\n")  # the last file: now it is finished
+        write_text(
+            place / "metrics.jsonl", json.dumps(_finite(whole)) + "\n"
+        )  # the last file: now it is finished
         return _rows(place / "metrics.jsonl")
 
     @property

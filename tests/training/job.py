@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,28 @@ def run(out, model=CNN, *, loss=ce, here=ALONE, seed=0, draw=None, wandb=False, 
 
 def contents(out):
     return {name: (Path(out) / name).read_bytes() for name in SAME}
+
+
+class Stopped(Exception):
+    """What :func:`stopping` ends a run with."""
+
+
+@contextmanager
+def stopping(call):
+    """Raise :class:`Stopped` at the ``call``-th step from here on, as a kill between two steps."""
+    original, left = loop.lr_factor, [call]
+
+    def factor(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+        return original(*args)
+
+    loop.lr_factor = factor
+    try:
+        yield
+    finally:
+        loop.lr_factor = original
 
 
 # --- processes that die ---------------------------------------------------------------------------

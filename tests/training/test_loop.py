@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from job import ALONE, CNN, CONFIG, Net, ce, contents, life, run, splits
+from job import ALONE, CNN, CONFIG, Net, Stopped, ce, contents, life, run, splits, stopping
 from torch.nn import functional as F
 
 from ncmethods import losses, training
@@ -285,21 +285,8 @@ def test_a_head_that_follows_is_shown_every_batch(tmp_path, monkeypatch, head):
 def test_a_head_that_follows_resumes_to_the_same_bytes(tmp_path):
     model = replace(CNN, head="guided_head")
     run(tmp_path / "whole", model)
-    original, left = loop.lr_factor, [7]
-
-    class Stopped(Exception):
-        pass
-
-    def factor(*args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stopped
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "lr_factor", factor)
-        with pytest.raises(Stopped):
-            run(tmp_path / "stopped", model)
+    with stopping(7), pytest.raises(Stopped):
+        run(tmp_path / "stopped", model)
     run(tmp_path / "stopped", model)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
@@ -355,21 +342,8 @@ def test_a_loss_with_parameters_is_trained_saved_and_resumed(tmp_path):
     assert groups[1]["momentum"] == 0
     assert groups[1]["lr"] / groups[0]["lr"] == pytest.approx(0.5 / 0.02 / 0.05)
 
-    original, left = loop.lr_factor, [7]
-
-    class Stopped(Exception):
-        pass
-
-    def factor(*args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stopped
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "lr_factor", factor)
-        with pytest.raises(Stopped):
-            run(tmp_path / "stopped", loss=partial(Centres, nc1=0.02))
+    with stopping(7), pytest.raises(Stopped):
+        run(tmp_path / "stopped", loss=partial(Centres, nc1=0.02))
     run(tmp_path / "stopped", loss=partial(Centres, nc1=0.02))
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 

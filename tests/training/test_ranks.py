@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
-from job import CNN, SAME, contents, run, splits
+from job import CNN, SAME, Stopped, contents, run, splits, stopping
 from safetensors.torch import load_file
 
 from ncmethods.data import DeviceLoader
@@ -20,28 +20,11 @@ from ncmethods.training import (
     evaluate,
     gather,
     load_run,
-    loop,
     process,
 )
 
 PLAIN = ModelConfig("job:plain_net", 1, 4)
 ROOT = Path(__file__).parents[2]
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(step):
-    original = loop.lr_factor
-
-    def factor(config, at, per_epoch):
-        if at == step:
-            raise Stopped
-        return original(config, at, per_epoch)
-
-    loop.lr_factor = factor
-    return lambda: setattr(loop, "lr_factor", original)
 
 
 def on_ranks(rank, world, out):
@@ -50,11 +33,8 @@ def on_ranks(rank, world, out):
     rows = [run(out / "plain", PLAIN, here=here, epochs=8)]
     options = {"here": here, "mixup": 0.3, "crop": 1, "flip": True}
     rows.append(run(out / "cnn", CNN, **options))
-    restore = stop_at(7)
-    try:
+    with stopping(8), pytest.raises(Stopped):
         run(out / "stopped", CNN, **options)
-    except Stopped:
-        restore()
     run(out / "stopped", CNN, **options)
     with process("cpu") as joined:
         ids = (joined.rank, joined.world)
@@ -189,9 +169,6 @@ def test_three_ranks_stopped_and_resumed(tmp_path):
 def three(rank, world, out):
     options = {"here": Process(rank, world, torch.device("cpu")), "batch_size": 33}
     run(out / "whole", CNN, **options)
-    restore = stop_at(7)
-    try:
+    with stopping(8), pytest.raises(Stopped):
         run(out / "stopped", CNN, **options)
-    except Stopped:
-        restore()
     run(out / "stopped", CNN, **options)
