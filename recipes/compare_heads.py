@@ -14,7 +14,7 @@ The measured claims, with commands and seeds, stand in docs/methods/compare-head
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
-from ncmethods.training import Method, TrainConfig, jobs_of, sweep
+from ncmethods.training import Method, TrainConfig, grid, jobs_of, sweep
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def main(config: CompareHeads) -> None:
         config.seeds,
         cache(data.TailConfig.load),
         backbone=config.backbone,
-        candidates=[replace(config.train, lr=lr) for lr in config.lrs] or [config.train],
+        candidates=grid(config.train, lr=config.lrs),
         out=config.out,
         wandb=config.wandb,
         draw=viz.draw_run,

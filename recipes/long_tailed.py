@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
 from ncmethods.stats import frequency_groups
-from ncmethods.training import Job, Method, TrainConfig, jobs_of, sweep
+from ncmethods.training import Job, Method, TrainConfig, grid, jobs_of, sweep
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,6 +96,8 @@ class LongTailed:
     train: TrainConfig = field(default_factory=TrainConfig)
     lrs: tuple[float, ...] = ()
     """Learning rates to choose from by held-out training images, for each method; else train.lr."""
+    weight_decays: tuple[float, ...] = ()
+    """Weight decays, likewise; every pair of both is tried."""
     protocol: str | None = None
     """On the command line: start from a paper's constants (`ncmethods list`); other options win."""
     config: Path | None = None
@@ -117,7 +119,7 @@ def main(config: LongTailed) -> None:
         config.seeds,
         load,
         backbone=config.backbone,
-        candidates=[replace(config.train, lr=lr) for lr in config.lrs] or [config.train],
+        candidates=grid(config.train, lr=config.lrs, weight_decay=config.weight_decays),
         out=config.out,
         groups=groups,
         wandb=config.wandb,

@@ -21,7 +21,7 @@ from ncmethods.training.stage_two import (
     unit_features,
     weight_balancing,
 )
-from ncmethods.training.sweep import Job, Method, jobs_of, sweep, tune
+from ncmethods.training.sweep import Job, Method, grid, jobs_of, sweep, tune
 
 __all__ = [
     "CachedRun",
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "fit",
     "gather",
+    "grid",
     "hold_out_features",
     "jobs_of",
     "linear_rows",

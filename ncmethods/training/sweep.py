@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from ncmethods.training.config import ModelConfig, TrainConfig, build_model
 from ncmethods.training.distributed import Process, process
 from ncmethods.training.loop import Draw, NonFiniteLoss, fit
 
-__all__ = ["Job", "Method", "Runs", "jobs_of", "sweep", "tune"]
+__all__ = ["Job", "Method", "Runs", "grid", "jobs_of", "sweep", "tune"]
 
 Runs = dict[str, list[tuple[Path, list[dict[str, Any]]]]]
 """Method → its run directories, one per seed, each with the rows of its metrics.jsonl."""
@@ -67,6 +68,17 @@ def jobs_of(
         check_choice(name, methods, "method")
     drawn = [data.drawn(seed) for seed in seeds]
     return [Job(name, methods[name], drawn) for name in names]
+
+
+def grid(config: TrainConfig, **values: Sequence[Any]) -> list[TrainConfig]:
+    """``config`` with every combination of the values; a field without values stays as it is.
+
+    Args:
+        config: hyperparameters.
+        values: of its fields, as ``lr=(0.03, 0.1)``.
+    """
+    given = {name: of for name, of in values.items() if of}
+    return [replace(config, **dict(zip(given, row))) for row in itertools.product(*given.values())]
 
 
 def sweep(

@@ -9,7 +9,7 @@ from job import ALONE, CNN, CONFIG, ce, part, splits
 
 from ncmethods import data, training
 from ncmethods._core import InputError
-from ncmethods.training import Job, Method, jobs_of, loop, sweep, tune
+from ncmethods.training import Job, Method, grid, jobs_of, loop, sweep, tune
 
 TAIL = data.TailConfig("quarters", imbalance=2)
 METHODS = {"ce": Method("linear", ce), "etf": Method("etf_head", ce, {"scale": 5.0})}
@@ -27,6 +27,13 @@ def trained(out, jobs, seeds=(0, 1), lrs=(0.05,), **options):
         wandb=False,
         **options,
     )
+
+
+def test_a_grid_is_every_combination_and_one_configuration_without_values():
+    assert grid(CONFIG) == grid(CONFIG, lr=()) == [CONFIG]
+    found = grid(CONFIG, lr=(0.1, 0.2), weight_decay=(), momentum=(0.0, 0.5))
+    assert [(c.lr, c.momentum) for c in found] == [(0.1, 0.0), (0.1, 0.5), (0.2, 0.0), (0.2, 0.5)]
+    assert {c.weight_decay for c in found} == {CONFIG.weight_decay}
 
 
 def test_every_method_with_every_seed_once(tmp_path, monkeypatch, capsys):
