@@ -71,11 +71,12 @@ class ImageData:
 
 
 class Splits(NamedTuple):
-    """Training and test images of one dataset."""
+    """Training and test images of one dataset, and perhaps some to choose hyperparameters by."""
 
     train: ImageData
     test: ImageData
     name: str
+    validation: ImageData | None = None
 
 
 # --- what is known about each dataset -----------------------------------------------------------

@@ -190,6 +190,7 @@ def long_tailed(
     profile: Profile | Literal["natural"] = "exp",
     n_max: int | None = None,
     order: Sequence[int] | None = None,
+    validation: int = 0,
     seed: int,
 ) -> Splits:
     """A long-tailed training set; the test set stays whole, relabelled in the same order.
@@ -201,20 +202,32 @@ def long_tailed(
             keeps every image: for data that has its own tail.
         n_max: images of the most frequent class; what every class can give if None.
         order: old class indices, most frequent first; ``default_order`` if None.
+        validation: images per class to set aside, of those that the tail leaves out.
         seed: of the subset.
 
     Raises:
-        InputError: see ``long_tail_counts``, ``long_tail_indices`` and ``reorder``.
+        InputError: ``natural`` with ``validation``; see also ``long_tail_counts``,
+            ``long_tail_indices`` and ``reorder``.
     """
     K = splits.train.num_classes
     order = default_order(splits.name, K) if order is None else order
-    train = reorder(splits.train, order)
+    train, test = reorder(splits.train, order), reorder(splits.test, order)
+    if validation < 0 or (validation and profile == "natural"):
+        raise InputError(
+            "validation counts images that the tail leaves out; profile 'natural' leaves out none "
+            f"and takes 0 only, got {validation} with profile {profile!r}."
+        )
     if profile == "natural":
-        return Splits(train, reorder(splits.test, order), splits.name)
-    n_max = int(class_counts(train).min()) if n_max is None else n_max
+        return Splits(train, test, splits.name)
+    n_max = int(class_counts(train).min()) - validation if n_max is None else n_max
     counts = long_tail_counts(n_max, K, imbalance, profile)
-    indices = long_tail_indices(train.labels, counts, seed=seed)
-    return Splits(train.subset(indices), reorder(splits.test, order), splits.name)
+    # Drawn behind the training images of each class, which do not depend on them.
+    drawn = long_tail_indices(train.labels, [n + validation for n in counts], seed=seed)
+    parts = torch.split(drawn, [size for n in counts for size in (n, validation)])
+    kept, aside = torch.cat(parts[::2]), torch.cat(parts[1::2])
+    return Splits(
+        train.subset(kept), test, splits.name, train.subset(aside) if validation else None
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +244,9 @@ class TailConfig:
     """Images of the largest class; None takes all that every class has."""
     order: tuple[int, ...] | None = None
     """Old class indices, most frequent first; None takes the dataset's default order."""
+    validation: int = 0
+    """Images per class, of those that the tail leaves out, to choose hyperparameters by; without
+    them a fifth of the training images is held out for that."""
     groups: str = "thresholds"
     """Many/medium/few by training count (>100, 20 to 100, <20), or by rank, as 3/4/3 or 5/5."""
     root: Path | None = None
@@ -257,6 +273,7 @@ class TailConfig:
             profile=self.profile,
             n_max=self.n_max,
             order=self.order,
+            validation=self.validation,
             seed=self.seed or 0,
         )
 

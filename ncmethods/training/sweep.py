@@ -169,14 +169,16 @@ def tune(
     method: str = "",
     data: Mapping[str, Any] | None = None,
 ) -> tuple[TrainConfig, dict[str, float]]:
-    """The candidate with the best accuracy, mean over classes, on a held-out fifth of each class.
+    """The candidate with the best accuracy, mean over classes, on ``splits.validation``.
 
-    The test images play no part. A candidate whose loss diverges scores 0.
+    Without validation images a fifth of each class is held out from training: with few images of
+    the rare classes a coarse measure. The test images play no part. A candidate whose loss diverges
+    scores 0.
 
     Args:
         model: description of the Classifier.
         loss: as in :func:`ncmethods.training.fit`.
-        splits: training and test images.
+        splits: training images, and validation images if there are any.
         candidates: hyperparameters; the first of the best wins.
         out: each candidate leaves a run in ``OUT/<what differs>``.
         here: this process.
@@ -189,16 +191,22 @@ def tune(
     """
     from safetensors.torch import load_file
 
-    parts = hold_out(splits.train, splits.name, seed=seed)
+    if splits.validation is None:
+        parts, data = (
+            hold_out(splits.train, splits.name, seed=seed),
+            {**(data or {}), "held_out": seed},
+        )
+    else:
+        parts = Splits(splits.train, splits.validation, splits.name)
     accuracies = {}
     for config in candidates:
         name = _differing(candidates, config)
-        place, record = out / name, {**(data or {}), "held_out": seed}
+        place = out / name
         config = replace(config, measurements=1)
         try:
             fit(
                 model, loss, parts, config, place,
-                here=here, seed=seed, method=method, data=record, wandb=False,
+                here=here, seed=seed, method=method, data=data, wandb=False,
             )  # fmt: skip
         except NonFiniteLoss:
             accuracies[name] = 0.0

@@ -266,6 +266,29 @@ def test_long_tailed_options():
         data.long_tailed(full, imbalance=10, n_max=4000, seed=0)
 
 
+def test_validation_images_are_others_and_leave_the_training_images_as_they_were():
+    splits = data.load("fashion-mini")
+    plain, more = (
+        data.long_tailed(splits, imbalance=10, n_max=100, validation=v, seed=3) for v in (0, 40)
+    )
+    assert plain.validation is None
+    assert torch.equal(plain.train.images, more.train.images)
+    assert torch.equal(plain.train.labels, more.train.labels)
+    assert data.class_counts(more.validation).tolist() == [40] * 10
+    seen = {image.numpy().tobytes() for image in more.train.images}
+    aside = {image.numpy().tobytes() for image in more.validation.images}
+    whole = {image.numpy().tobytes() for image in splits.train.images}
+    assert not seen & aside
+    assert aside < whole
+    assert data.class_counts(
+        data.long_tailed(splits, imbalance=10, validation=40, seed=3).train
+    ).tolist() == data.long_tail_counts(460, 10, 10)  # what every class can give is 500
+    assert data.TailConfig(imbalance=10, n_max=100, validation=40).load().validation is not None
+    for profile, n in (("natural", 5), ("exp", -1)):
+        with pytest.raises(InputError, match="leaves out"):
+            data.long_tailed(splits, imbalance=10, profile=profile, validation=n, seed=0)
+
+
 def test_natural_keeps_every_image_and_relabels():
     full = data.load("digits")
     order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]

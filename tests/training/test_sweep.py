@@ -147,6 +147,21 @@ def test_hold_out_is_seeded_and_keeps_every_class():
         data.hold_out(part([40, 30, 14, 1], 1), "x")
 
 
+def test_validation_images_choose_where_there_are_any(tmp_path):
+    train, test, name, _ = splits()
+    wrong = replace(train, labels=3 - train.labels)  # who learns the training set best, fails here
+    for validation, best in ((train, 0.05), (wrong, 1e-5)):
+        found, accuracies = tune(
+            CNN, ce, data.Splits(train, test, name, validation),
+            grid(replace(CONFIG, epochs=3), lr=(1e-5, 0.05)), tmp_path / str(best), here=ALONE,
+        )  # fmt: skip
+        assert found.lr == best
+        assert len(set(accuracies.values())) == 2
+    record = json.loads((tmp_path / "0.05" / "lr=0.05" / "config.json").read_text())
+    assert "held_out" not in record["data"]
+    assert sum(record["data"]["counts"]) == len(train)
+
+
 def test_a_method_has_its_own_hyperparameters(tmp_path):
     method = Method("linear", ce, train={"mixup": 0.5, "sampling": "sqrt"})
     trained(tmp_path, [Job("mixed", method, [TAIL])], seeds=(0,), lrs=(0.05, 0.1))
