@@ -19,6 +19,7 @@ _ROOMS = (
     "losses",
     "metrics",
     "models",
+    "ood",
     "stats",
     "testing",
     "tracking",

@@ -58,3 +58,19 @@ def trace_pinv_product(sigma: Tensor, rows: Tensor, rank: int | None = None) -> 
     power = (rows @ vectors).square().sum(0)  # [D]
     product: Tensor = (power[keep] / values[keep]).sum()
     return product
+
+
+def spd_factor(sigma: Tensor, size: float = 0.0) -> Tensor:
+    """F [D, D] with F Fᵀ = Σ⁻¹ for a symmetric positive semi-definite Σ [D, D].
+
+    Eigenvalues under 1e-8 of the largest are raised to that. Where Σ vanishes beside ``size``, the
+    scale of the data, 1e-16 of ``size`` takes the place of the largest, and 1 where that is 0 too.
+    """
+    L = cholesky(sigma)
+    if L is not None and float(L.diagonal().square().max()) > _SAFE**2 * size:
+        inverse: Tensor = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
+        return inverse.T
+    values, vectors = torch.linalg.eigh(sigma)
+    floor = _SAFE * (max(float(values[-1]), _SAFE**2 * size) or 1.0)
+    factor: Tensor = vectors * values.clamp(min=floor).rsqrt()
+    return factor

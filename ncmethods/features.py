@@ -33,7 +33,7 @@ from ncmethods._core import (
     main_output,
     unwrap,
 )
-from ncmethods.stats import ClassStats
+from ncmethods.stats import ClassStats, FrozenStats
 
 __all__ = ["Captured", "FeatureSet", "accumulate", "capture", "extract"]
 
@@ -90,6 +90,11 @@ class FeatureSet:
         if self.labels is None:
             raise InputError("A FeatureSet without labels has no class statistics. Pass labels.")
         return ClassStats(self.num_classes, self.dim).update(self.features, self.labels)
+
+    @cached_property
+    def frozen(self) -> FrozenStats:
+        """``stats.freeze()``, computed once: what scorers and scores are fitted from."""
+        return self.stats.freeze()
 
     def grouped(self, groups: int) -> FeatureSet:
         """These samples with a ``stats`` that keeps ``groups``, for standard errors in a report.

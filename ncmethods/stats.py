@@ -27,8 +27,9 @@ from ncmethods._core import (
     check_labels,
     check_num_classes,
 )
+from ncmethods._frozen import FrozenStats
 
-__all__ = ["ClassStats", "frequency_groups", "rare_classes"]
+__all__ = ["ClassStats", "FrozenStats", "frequency_groups", "rare_classes"]
 
 _CHUNK = 4096  # rows gathered before they are summed, fewer above D = 1024
 _FLUSH = 8192  # rows summed in float32 before they join the float64 state
@@ -653,6 +654,14 @@ class ClassStats(nn.Module):
         for part in self.parts:
             part.all_reduce(group)
         return self
+
+    def freeze(self) -> FrozenStats:
+        """These moments as they are now, with decompositions that are computed once.
+
+        Raises:
+            InputError: there are no samples.
+        """
+        return FrozenStats(self)
 
     # --- storage ------------------------------------------------------------------------------
 
