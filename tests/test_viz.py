@@ -60,6 +60,12 @@ FIGURES = {
     "class_accuracy": lambda: viz.class_accuracy(
         [0.9, math.nan, 0.5], COUNTS, {"many": [0], "few": [1, 2]}, NAMES
     ),
+    "class_bars": lambda: viz.class_comparison(
+        {"ce": [[0.9, 1.0, 0.5], [0.7, 0.0, 0.6]], "etf": [[0.8, math.nan, 0.1]]}, COUNTS, NAMES
+    ),
+    "class_lines": lambda: viz.class_comparison(
+        {f"method {i}": torch.rand(2, 100) for i in range(9)}, range(1280, 1180, -1)
+    ),
     "confusion": lambda: viz.confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [1, 1, 2]]), NAMES),
     "comparison": lambda: viz.comparison({"ce": {"acc": [0.5, 0.6]}, "etf": {"acc": [0.7]}}),
     "scatter": lambda: viz.scatter(
@@ -428,6 +434,98 @@ def test_class_accuracy_leaves_out_what_was_not_measured_and_greys_what_has_no_g
     assert axes.patches[1].get_facecolor() == axes.patches[2].get_facecolor()
 
 
+def test_class_bars_are_means_over_seeds_with_sd_most_frequent_class_first():
+    results = {"ce": [[0.9, 0.2, 0.5], [0.7, 0.4, 0.5]], "etf": [[0.8, math.nan, 0.1]]}
+    figure = viz.class_comparison(results, COUNTS, NAMES)
+    (axes,) = figure.axes
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    assert labels == ["ankle boot\n100", "coat\n30", "bag\n10"]
+    assert axes.yaxis_inverted()  # so the first stands on top
+    ce, ce_sd, etf, etf_sd = axes.containers
+    np.testing.assert_allclose([bar.get_width() for bar in ce], [80, 50, 30])
+    np.testing.assert_allclose([bar.get_width() for bar in etf], [80, 10, 0])
+    whiskers = np.array(ce_sd.lines[2][0].get_segments())[:, :, 0]
+    mean, sd = np.array([80, 50, 30]), np.std([[90, 50, 20], [70, 50, 40]], axis=0, ddof=1)
+    np.testing.assert_allclose(whiskers, np.stack([mean - sd, mean + sd], 1))
+    (one, other) = (s for s in etf_sd.lines[2][0].get_segments() if s.size == 4)
+    np.testing.assert_allclose([one[:, 0], other[:, 0]], [[80, 80], [10, 10]])
+    # A bar of one class touches that of the next method and not that of the next class.
+    spans = [[(b.get_y(), b.get_y() + b.get_height()) for b in bars] for bars in (ce, etf)]
+    for k in range(3):
+        assert spans[0][k][1] == pytest.approx(spans[1][k][0])
+        assert k - 0.5 < spans[0][k][0] < spans[1][k][1] < k + 0.5
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["ce", "etf"]
+
+
+def test_class_lines_average_classes_alike_in_rank():
+    rng = np.random.default_rng(0)
+    counts, accuracy = rng.permutation(np.arange(100, 123)), rng.random((4, 23))
+    accuracy[:, counts.argmax()] = math.nan
+    axes = viz.class_comparison({"ce": accuracy, "la": accuracy / 2}, counts, bins=5).axes[0]
+    groups = np.array_split(np.argsort(-counts), 5)
+    each = np.stack([np.nanmean(100 * accuracy[:, g], axis=1) for g in groups], 1)
+    ce, la = axes.containers
+    (x, y), (beside, half) = (np.array(c.lines[0].get_data(), float) for c in (ce, la))
+    np.testing.assert_allclose([y, half], [each.mean(0), each.mean(0) / 2])
+    assert 0 < (beside - x).min() <= (beside - x).max() < 0.5
+    whiskers = np.array(ce.lines[2][0].get_segments())[:, :, 1]
+    sd = each.std(0, ddof=1)
+    np.testing.assert_allclose(whiskers, np.stack([each.mean(0) - sd, each.mean(0) + sd], 1))
+    ticks = [t.get_text() for t in axes.get_xticklabels()]
+    assert ticks == [f"{counts[g].mean():.0f}" for g in groups]
+
+
+@pytest.mark.parametrize(("K", "bars"), [(12, True), (13, False)])
+def test_methods_beyond_the_colours_get_another_pattern(K, bars):
+    results = {f"m{i}": torch.rand(2, K) for i in range(10)}
+    axes = viz.class_comparison(results, [1] * K).axes[0]
+    assert bool(axes.patches) == bars
+    if bars:
+        look = [(p.get_facecolor(), p.get_hatch()) for p in axes.patches[::K]]
+    else:
+        look = [(c.lines[0].get_color(), c.lines[0].get_linestyle()) for c in axes.containers]
+    assert len(look) == len(set(look)) == 10
+
+
+def run_directory(root, confusion, classes, counts, seed=0):
+    from safetensors.torch import save_file
+
+    root.mkdir(parents=True)
+    data = {"name": "toy", "classes": classes, "counts": counts, "groups": {"many": [0, 1, 2]}}
+    config = {"method": root.parent.name, "seed": seed, "data": data, "train": {"epochs": 3}}
+    (root / "config.json").write_text(json.dumps(config | {"model": {"backbone": "small_cnn"}}))
+    tensors = {"confusion": torch.tensor(confusion), "weight": torch.eye(3)}
+    save_file(tensors | {"train_means": torch.eye(3)}, root / "evaluation.safetensors")
+    return root, [{"epoch": 1, "test/accuracy": 0.5, "train/nc1/pinv": 0.1, "angle": 20.0}]
+
+
+def test_the_comparison_page_compares_methods_class_by_class_and_by_name(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(results, counts, names):
+        drawn.update(results=results, counts=counts, names=names)
+        return viz.class_comparison(results, counts, names)
+
+    monkeypatch.setattr("ncmethods.viz.run.class_comparison", keep)
+    one, two = [[8, 2, 0], [5, 5, 0], [0, 0, 4]], [[6, 2, 2], [0, 10, 0], [4, 0, 0]]
+    counts = COUNTS.tolist()
+    runs = {
+        "ce": [
+            run_directory(tmp_path / "ce" / "seed0", one, NAMES, counts),
+            run_directory(tmp_path / "ce" / "seed1", two, NAMES, counts, 1),
+        ],
+        "other": [run_directory(tmp_path / "other" / "seed0", one, [*NAMES[1:], "hat"], counts)],
+    }
+    panels = {"test/accuracy": "accuracy", "angle": "angle"}
+    tables = ({"all %": ("test/accuracy", 100, 1)},)
+    viz.write_comparison(tmp_path, runs, tables, panels, command="x")
+    assert (drawn["counts"], drawn["names"]) == (counts, NAMES)
+    np.testing.assert_allclose(drawn["results"]["ce"], [[0.8, 0.5, 1], [0.6, 1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(drawn["results"]["other"], [[math.nan, 0.8, 0.5]], rtol=1e-6)
+    page = Page((tmp_path / "report.html").read_text())
+    assert sum("Test accuracy by class, most" in image["alt"] for image in page.all("img")) == 1
+
+
 def test_comparison_shows_mean_sd_and_every_seed():
     results = {
         "ce": {"acc": [0.5, 0.6, 0.7], "angle": [20.0]},
@@ -498,6 +596,10 @@ def test_paired_differences_by_hand():
         (lambda: viz.projection(torch.eye(3), weight=torch.eye(4)), r"weight must be \[K, 3\]"),
         (lambda: viz.projection(torch.eye(3), features=torch.eye(4)), r"features must be \[N, 3\]"),
         (lambda: viz.class_accuracy([0.1], COUNTS, {}), r"must both be \[K\]"),
+        (lambda: viz.class_comparison({}, COUNTS), "at least one method"),
+        (lambda: viz.class_comparison({"ce": [[0.1, 0.2]]}, COUNTS), r"K = 3 .*'ce': \(1, 2\)"),
+        (lambda: viz.class_comparison({"ce": [0.1, 0.2, 0.3]}, COUNTS), r"'ce': \(3,\)"),
+        (lambda: viz.class_comparison({"ce": [[0.1] * 3]}, COUNTS, ["a"]), "1 names"),
         (lambda: viz.comparison({}), "methods: none"),
         (lambda: viz.comparison({"ce": {"a": [1.0]}}, {"b": "B"}), "methods: ce"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncmethods._core import InputError
 
@@ -29,12 +30,21 @@ def check_rows(weight: Tensor, dim: int, name: str = "weight") -> Tensor:
     return weight
 
 
-def unit(rows: Tensor, known: Tensor | None = None) -> Tensor:
-    """Rows of length 1; rows of zeros stay, and so do rows outside ``known``, which become zero."""
+def unit(rows: Tensor, known: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Rows of length 1/√τ, so that products of such rows are cosines over τ.
+
+    Rows of zeros stay, and so do rows outside ``known``, which become zero.
+    """
     if known is not None:
         rows = torch.where(known[:, None], rows, 0.0)  # their NaN must not reach other rows
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    result: Tensor = rows / length.masked_fill(length == 0, 1.0)
+    result: Tensor = rows / _length(rows, temperature)[:, None]
+    return result
+
+
+def _length(rows: Tensor, temperature: float) -> Tensor:
+    """√τ ‖row‖ [N]; of a row of zeros √τ."""
+    length = torch.linalg.vector_norm(rows, dim=1)
+    result: Tensor = temperature**0.5 * length.masked_fill(length == 0, 1.0)
     return result
 
 
@@ -92,18 +102,19 @@ def among_prototypes(
         by_class: take class means of the anchors.
     """
     known, y, K = labels >= 0, labels.clamp(min=0), len(weight)
-    z, rows = unit(features, known), unit(weight.to(features.dtype))
-    sums = rows.index_add(0, y, z)  # [K, D]; samples without label are zero
-    size = z.new_ones(K).index_add(0, y, known.to(z.dtype))  # entries of each class
-    rest = (size[y] - 1).clamp(min=1)  # without the anchor itself; its prototype is there
-    pull = (z * (sums[y] - z)).sum(1) / rest / temperature
-
-    batch, prototypes = z @ z.T / temperature, z @ rows.T / temperature
-    barred = torch.eye(len(z), dtype=torch.bool, device=z.device) | ~known
-    if average:
-        classes = torch.arange(K, device=y.device)
-        own, less = rest.log()[:, None], size.log()
-        batch = batch - torch.where(y[:, None] == y, own, less[y])
-        prototypes = prototypes - torch.where(y[:, None] == classes, own, less)
-    entries = torch.cat([batch.masked_fill(barred, shut(z.dtype)), prototypes], 1)
-    return attract(entries, pull, known / rest if by_class else known)
+    z, W = unit(features, known, temperature), weight.to(features.dtype)
+    positive, barred = same_class(labels, known)
+    rest = 1 + positive.sum(1).to(z.dtype)  # entries of the anchor's class without itself
+    here, there, own = torch.zeros_like(barred, dtype=z.dtype), z.new_zeros(()), z.new_zeros(())
+    if average:  # logarithms of the sizes of classes, taken from the logits
+        size = z.new_ones(K).index_add(0, y, known.to(z.dtype))
+        own, less = rest.log(), size.log()
+        here = torch.where(positive, -own[:, None], -less[y])
+        there = (-less).repeat(len(y), 1).scatter_(1, y[:, None], -own[:, None])
+    batch = torch.addmm(here.masked_fill_(barred, shut(z.dtype)), z, z.T)
+    # The rows' lengths divide [N, K] and not [K, D], which is larger.
+    prototypes = torch.addcdiv(there, z @ W.T, _length(W, temperature))
+    # Unlike that of ``gather`` the gradient of ``nll_loss`` is deterministic on a GPU.
+    label = -F.nll_loss(prototypes, y, reduction="none")
+    pull = own + ((batch * positive.to(z.dtype)).sum(1) + label) / rest
+    return attract(torch.cat([batch, prototypes], 1), pull, known / rest if by_class else known)

@@ -50,11 +50,22 @@ def signed_nc1(
         if measure == "share":
             value = within / total.clamp(min=least.tiny)
         else:
-            pair = batch.present[:, None] & batch.present
-            pair = pair & ~torch.eye(len(V), dtype=torch.bool, device=V.device)
-            d = torch.cdist(M, M, compute_mode="donot_use_mm_for_euclid_dist")
+            apart = ~torch.eye(len(V), dtype=torch.bool, device=V.device)
+            pair = batch.present[:, None] & batch.present & apart
             floor = (least.eps * total.detach()).clamp(min=least.tiny)  # means that coincide
-            ratio = (V[:, None] + V) / (2 * d.square().maximum(floor))
-            value = torch.where(pair, ratio, 0.0).sum() / pair.sum().clamp(min=1)
+            near = torch.where(pair, 1 / _squared_distances(M).to(V.dtype).maximum(floor), 0.0)
+            value = (V * near.sum(1)).sum() / pair.sum().clamp(min=1)
         value = torch.where(enough, value, 0 * value)
         return value if goal == "collapse" else -value
+
+
+def _squared_distances(M: Tensor) -> Tensor:
+    """‖m_c − m_c′‖² of centred rows [N, D], as exact as their dtype.
+
+    From products in float64 where that is more than the rows hold: a third of the time or less.
+    """
+    if M.dtype == torch.float64 or M.device.type == "mps":
+        return torch.cdist(M, M, compute_mode="donot_use_mm_for_euclid_dist").square()
+    X = M.double()
+    length = X.square().sum(1)
+    return torch.addmm(length[:, None] + length, X, X.T, alpha=-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ncmethods._core import check_features, check_labels, no_autocast
@@ -49,12 +50,13 @@ def supcon(
     y = check_labels(labels, len(features))
     known = y >= 0
     with no_autocast(features.device):
-        z = unit(features.relu() if relu else features, known)
+        z = unit(features.relu() if relu else features, known, temperature)
         positive, barred = same_class(y, known)
         number = positive.sum(1)
-        mean = positive.to(z.dtype) @ z / number.clamp(min=1)[:, None]  # of the positives, [N, D]
-        logits = (z @ z.T / temperature).masked_fill(barred, shut(z.dtype))  # [N, N]
-        return attract(logits, (z * mean).sum(1) / temperature, number > 0)
+        outside = torch.zeros_like(barred, dtype=z.dtype).masked_fill_(barred, shut(z.dtype))
+        logits = torch.addmm(outside, z, z.T)  # [N, N]
+        pull = (logits * positive.to(z.dtype)).sum(1) / number.clamp(min=1)
+        return attract(logits, pull, number > 0)
 
 
 def prototype_supcon(

@@ -4,8 +4,10 @@ Figures are made to be read at 4.5 inches, which is a column of a paper and the 
 """
 
 from ncmethods.viz.collapse import collapse_figures, collapse_page, measure_table
+from ncmethods.viz.detection import auroc_heatmap, roc_curves, score_histogram
 from ncmethods.viz.figures import (
     class_accuracy,
+    class_comparison,
     comparison,
     confusion,
     cosine_heatmap,
@@ -35,7 +37,9 @@ __all__ = [
     "Section",
     "Table",
     "Text",
+    "auroc_heatmap",
     "class_accuracy",
+    "class_comparison",
     "collapse_figures",
     "collapse_page",
     "comparison",
@@ -49,9 +53,11 @@ __all__ = [
     "nc_curves",
     "paired",
     "projection",
+    "roc_curves",
     "run_figures",
     "run_page",
     "scatter",
+    "score_histogram",
     "spectrum",
     "summary",
     "text_table",

@@ -260,6 +260,88 @@ def class_accuracy(
     return figure
 
 
+def class_comparison(
+    results: Mapping[str, Tensor | Sequence[Sequence[float]]],
+    counts: Tensor | Sequence[int],
+    class_names: Sequence[str] | None = None,
+    *,
+    bins: int = 10,
+    title: str = "Test accuracy by class",
+) -> Figure:
+    """Accuracy of each class under several methods, mean ± sd over seeds, frequent classes first.
+
+    Up to 12 classes: bars, a group for each class. More: lines over ``bins`` groups of classes
+    alike in rank, each the mean over its classes, with the mean of their training samples on the
+    axis.
+
+    Args:
+        results: method → accuracies in 0–1 [seeds, K]; NaN is left out.
+        counts: training samples per class [K].
+        class_names: one per class; by default their indices.
+        bins: groups of classes where these are many.
+        title: of the figure.
+
+    Raises:
+        InputError: nothing to draw, or lengths that differ.
+    """
+    number = torch.as_tensor(counts).cpu()
+    K = len(number)
+    names = [f"{name}\n{int(n)}" for name, n in zip(_names(K, class_names), number, strict=True)]
+    shown = {method: 100 * torch.as_tensor(v, dtype=torch.float64) for method, v in results.items()}
+    wrong = {method: tuple(v.shape) for method, v in shown.items() if v.shape[1:] != (K,)}
+    if wrong or not shown:
+        raise InputError(
+            f"results must hold accuracies [seeds, K] with K = {K} for at least one method, got "
+            f"shapes {wrong}."
+        )
+    order = number.argsort(descending=True, stable=True)
+    few = K <= ANNOTATE
+    groups = [order[i : i + 1] for i in range(K)] if few else list(order.tensor_split(bins))
+    M, handles = len(shown), {}
+    figure, axes = _figure(0.8 + K * max(0.34, 0.05 + 0.07 * M) if few else 3.4, legend=M)
+    for i, (method, of) in enumerate(shown.items()):
+        each = torch.stack([of[:, g].nanmean(1) for g in groups], 1)  # [seeds, groups]
+        mean, sd = each.nanmean(0), _sd(each).tolist()
+        again = i // len(COLORS)  # the colours come round: another pattern
+        color, shift = COLORS[i % len(COLORS)], (i - (M - 1) / 2) / M
+        places = [g + (0.84 if few else 0.3) * shift for g in range(len(groups))]
+        handle: Any
+        if few:
+            handle = axes.barh(
+                places, mean.nan_to_num().tolist(), height=0.84 / M, color=color,
+                hatch="////" * again, edgecolor="white", lw=0,
+            )  # fmt: skip
+            axes.errorbar(
+                mean.tolist(), places, xerr=sd, fmt="none", elinewidth=0.8,
+                ecolor=INK if color != "#000000" else "#888888", capsize=min(2, 8 / M),
+            )  # fmt: skip
+        else:
+            handle = axes.errorbar(
+                places, mean.tolist(), yerr=sd, fmt="o", ls=STYLES[again % len(STYLES)],
+                color=color, ms=3, lw=1.3, elinewidth=0.8, capsize=1.5,
+            )  # fmt: skip
+        handles[method] = handle
+    percent = "accuracy (%)"
+    if few:
+        axes.set_yticks(range(K), [names[k] for k in order], fontsize=SMALL)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(K - 0.5, -0.5)
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, 103)
+        axes.set_xlabel(percent, fontsize=SMALL, color=INK)
+    else:
+        axes.set_xticks(range(len(groups)), [f"{number[g].double().mean():.0f}" for g in groups])
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel(percent, fontsize=SMALL, color=INK)
+        axes.set_xlabel(
+            f"training samples, means of {len(groups)} groups of classes",
+            fontsize=SMALL, color=INK,
+        )  # fmt: skip
+    axes.set_title(title, fontsize=TITLE, color=INK)
+    _legend(figure, handles)
+    return figure
+
+
 def comparison(
     results: Mapping[str, Mapping[str, Sequence[float | None]]],
     metrics: Mapping[str, str] | None = None,
@@ -564,10 +646,12 @@ def projection(
 # --- what the figures share --------------------------------------------------------------------
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(height: float, legend: int = 0) -> tuple[Figure, Axes]:
+    """A figure of one axes, ``height`` inches high, and a legend."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    size = (WIDTH, height + 0.2 * math.ceil(legend / 3))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     return figure, _clean(figure.add_subplot())
 
 
@@ -727,6 +811,13 @@ def _matrix(name: str, value: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 2 or not len(value):
         raise InputError(f"{name} must be a 2-D tensor with one row per class, got {value!r:.200}.")
     return value.detach().to("cpu", torch.float64)
+
+
+def _sd(values: Tensor) -> Tensor:
+    """Sample standard deviation of each column without its NaN; 0 of fewer than two values."""
+    there = values.isfinite()
+    gap = torch.where(there, values - values.nanmean(0), 0.0)
+    return (gap.square().sum(0) / (there.sum(0) - 1).clamp(min=1)).sqrt()
 
 
 def _cycle(colors: Sequence[str]) -> Iterable[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ncmethods._core import CheckpointError, InputError, write_text
 from ncmethods.viz.figures import (
     class_accuracy,
+    class_comparison,
     comparison,
     confusion,
     cosine_heatmap,
@@ -45,20 +50,13 @@ def run_figures(directory: Path, rows: Rows) -> dict[str, Figure]:
     Raises:
         CheckpointError: the run has not finished.
     """
-    from safetensors.torch import load_file
-
-    config, path = _config(directory), directory / "evaluation.safetensors"
-    if not path.exists():
-        raise CheckpointError(f"{directory} has no {path.name}: the run has not finished.")
-    saved, data = load_file(path), config["data"]
+    saved, data = _evaluation(directory), _config(directory)["data"]
     names, counts = data["classes"], data["counts"]
-    table = saved["confusion"].double()
-    by_class = table.diagonal() / table.sum(1)
     return {
         "curves": nc_curves(rows),
         "means": cosine_heatmap(saved["train_means"], names, title="Class means", counts=counts),
         "rows": cosine_heatmap(saved["weight"], names, title="Classifier rows", counts=counts),
-        "accuracy": class_accuracy(by_class, counts, data["groups"], names),
+        "accuracy": class_accuracy(_recall(saved), counts, data["groups"], names),
         "confusion": confusion(saved["confusion"], names),
     }
 
@@ -149,6 +147,11 @@ def comparison_page(
         Image(comparison(values, panels), "Methods side by side: mean ± sd, one dot per seed."),
         *_against(values, panels),
         Image(
+            _by_class(runs),
+            "Test accuracy by class, most frequent first, with its training samples: mean ± sd "
+            "over seeds.",
+        ),
+        Image(
             nc_curves(curves, prefixes=("train",)),
             "Neural collapse of the training features: mean and range over seeds.",
         ),
@@ -177,6 +180,37 @@ def _against(
     except InputError:  # nothing to draw
         return []
     return [Image(figure, "Geometry and accuracy: a small dot per seed.")]
+
+
+def _by_class(runs: Mapping[str, Sequence[tuple[Path, Rows]]]) -> Figure:
+    """Accuracy of each class of the first run under every method; classes are found by name."""
+    data = _config(next(iter(runs.values()))[0][0])["data"]
+    results = {}
+    for method, of in runs.items():
+        found = [
+            dict(zip(_config(path)["data"]["classes"], _recall(_evaluation(path)).tolist()))
+            for path, _ in of
+        ]
+        results[method] = torch.tensor(
+            [[seed.get(name, math.nan) for name in data["classes"]] for seed in found]
+        )
+    return class_comparison(results, data["counts"], data["classes"])
+
+
+def _evaluation(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = directory / "evaluation.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{directory} has no {path.name}: the run has not finished.")
+    saved: dict[str, Tensor] = load_file(path)
+    return saved
+
+
+def _recall(saved: Mapping[str, Tensor]) -> Tensor:
+    """Share of each class that is found [K]; NaN of a class without test samples."""
+    table = saved["confusion"].double()
+    return table.diagonal() / table.sum(1)
 
 
 def _config(directory: Path) -> dict[str, Any]:
