@@ -136,3 +136,22 @@ def test_errors():
         signed_nc1(FEATURES, LABELS, goal="prevnt")
     with pytest.raises(InputError, match="Unknown measure"):
         signed_nc1(FEATURES, LABELS, measure="ratio")
+
+
+@pytest.mark.parametrize(("offset", "gap"), [(0, 1), (0, 1e-3), (100, 1)])
+def test_cdnv_of_float32_features_is_that_of_float64(offset, gap):
+    """float32 takes squared distances of means from products; float64 from differences."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 6
+    mu = torch.randn(6, 16, generator=rng, dtype=f64)
+    mu[1] = mu[0] + gap
+    h = (mu[y] + 0.01 * torch.randn(60, 16, generator=rng, dtype=f64) + offset).float()
+    found = []
+    for x in (h.clone(), h.double()):
+        value = signed_nc1(x.requires_grad_(), y, measure="cdnv")
+        value.backward()
+        found.append((value.item(), x.grad.double()))
+    (low, low_grad), (high, high_grad) = found
+    tolerance = 1e-4 if offset or gap < 1 else 1e-6
+    assert low == pytest.approx(high, rel=tolerance)
+    assert (low_grad - high_grad).norm() < 1e-3 * high_grad.norm()
