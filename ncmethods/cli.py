@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import tyro
@@ -55,7 +55,17 @@ def load_recipe(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[full] = module
         spec.loader.exec_module(module)
+        module.CONFIG = get_type_hints(module.main)["config"]  # type: ignore[attr-defined]
     return sys.modules[full]
+
+
+COMMANDS = {"ood_detection": "ood"}  # of recipes whose command is not their file's name
+
+
+def recipes() -> dict[str, ModuleType]:
+    """Command → recipe; each has ``main(config)``, and that is all it takes."""
+    stems = sorted(p.stem for p in recipes_dir().glob("[a-z]*.py"))
+    return {COMMANDS.get(stem, stem.replace("_", "-")): load_recipe(stem) for stem in stems}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,22 +523,21 @@ class List:
 
 def list_names(_: List) -> None:
     """Run ``ncmethods list``."""
-    from ncmethods import data, losses
+    from ncmethods import data, losses, ood
     from ncmethods.data import PROTOCOLS
+    from ncmethods.data.datasets import OWN_TAIL
     from ncmethods.training.config import HEADS
 
     how = {n: "" if data.available(n) else " (ncmethods fetch)" for n in data.names()}
-    how["image-folder"] = " (yours, by its root)"
-    print(
-        "recipes: ",
-        ", ".join(p.stem.replace("_", "-") for p in sorted(recipes_dir().glob("[a-z]*.py"))),
-    )
+    how |= dict.fromkeys(OWN_TAIL, " (your files, by --data.root)")
+    print("recipes: ", ", ".join(recipes()))
     print("datasets:", ", ".join(name + needs for name, needs in how.items()))
     print("heads:   ", ", ".join(HEADS))
     print("losses:  ", ", ".join(n for n in losses.__all__ if n.islower()))
-    for recipe in ("long_tailed", "compare_heads", "stage_two"):
-        methods = ", ".join(load_recipe(recipe).METHODS)
-        print(f"methods of {recipe.replace('_', '-')}: {methods}")
+    for command, recipe in recipes().items():
+        if hasattr(recipe, "METHODS"):
+            print(f"methods of {command}: {', '.join(recipe.METHODS)}")
+    print("scorers: ", ", ".join(ood.SCORERS))
     print("protocols:", ", ".join(PROTOCOLS))
 
 
@@ -561,13 +570,14 @@ class Copy:
 
 def copy(args: Copy) -> None:
     """Run ``ncmethods copy``."""
-    name = args.recipe.replace("-", "_")
-    check_choice(name, sorted(p.stem for p in recipes_dir().glob("[a-z]*.py")), "recipe")
-    target = args.to / f"{name}.py"
+    found = recipes()
+    check_choice(args.recipe, found, "recipe")
+    source = Path(str(found[args.recipe].__file__))
+    target = args.to / source.name
     if target.exists():
         raise InputError(f"{target} exists already. Name another directory.")
     args.to.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipes_dir() / f"{name}.py", target)
+    shutil.copyfile(source, target)
     print(target)
 
 
@@ -580,7 +590,8 @@ def starting_point(kind: type, argv: Sequence[str]) -> Any:
     """What a recipe's options are before the command line: of ``--protocol``, then ``--config``.
 
     Raises:
-        InputError: an unknown protocol, or a file that is not a recipe.json of this recipe.
+        InputError: an unknown protocol or one of another recipe, or a file that is not a
+            recipe.json of this one.
     """
     from ncmethods import _config, data
 
@@ -593,8 +604,12 @@ def starting_point(kind: type, argv: Sequence[str]) -> Any:
         return kind()
     start = kind()
     if found.protocol not in (None, "None"):
-        values = data.protocol(found.protocol).values()
-        start = _config.filled(start, values, f"protocol {found.protocol}")
+        known = data.protocol(found.protocol)
+        if known.recipe != argv[0]:
+            raise InputError(
+                f"Protocol {found.protocol} is for `ncmethods {known.recipe}`, not {argv[0]}."
+            )
+        start = _config.filled(start, known.values(), f"protocol {found.protocol}")
     if found.config not in (None, "None"):
         values = {**_config.read(Path(found.config)), "config": None}
         start = _config.filled(start, values, found.config)
@@ -605,12 +620,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run one command."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(str(Path.cwd()))  # where a user keeps package.module:factory
-    long_tailed, compare_heads = load_recipe("long_tailed"), load_recipe("compare_heads")
-    stage_two = load_recipe("stage_two")
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
-        "long-tailed": (long_tailed.LongTailed, long_tailed.main),
-        "compare-heads": (compare_heads.CompareHeads, compare_heads.main),
-        "stage-two": (stage_two.StageTwo, stage_two.main),
+        **{command: (r.CONFIG, r.main) for command, r in recipes().items()},
         "measure": (Measure, measure),
         "extract": (Extract, extract),
         "fetch": (Fetch, fetch),

@@ -1,4 +1,4 @@
-"""Conformance checks: does a frame, head, loss or metric keep the promises of this library?
+"""Conformance checks: does a frame, head, loss, metric or scorer keep its promises?
 
 They are the checks that the library's own parts pass, and are meant for yours: call one in a test
 of any framework. A broken promise raises :class:`ConformanceError`, which says what was promised
@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +20,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncmethods._core import InputError, NCError, bind, is_head, logits_of
+from ncmethods.features import FeatureSet
 from ncmethods.frames import simplex_etf
+from ncmethods.ood import Scorer
 from ncmethods.stats import ClassStats
 
-__all__ = ["ConformanceError", "check_frame", "check_head", "check_loss", "check_metric"]
+__all__ = [
+    "ConformanceError",
+    "check_frame",
+    "check_head",
+    "check_loss",
+    "check_metric",
+    "check_scorer",
+]
 
 
 class ConformanceError(NCError, AssertionError):
-    """A frame, head, loss or metric does not do what its protocol promises."""
+    """A frame, head, loss, metric or scorer does not do what its protocol promises."""
 
 
 def _need(condition: bool | Tensor, promise: str) -> None:
@@ -327,3 +338,214 @@ def check_metric(
         far = data(features, labels, weight)
         far["stats"] = ClassStats(K, dim).update(features + 1000, labels)
         _same(run(far), whole, "A shift of all features changes nothing", 1e-6)
+
+
+def check_scorer(
+    fit: Callable[..., Scorer],
+    head: nn.Module | None = None,
+    *,
+    num_classes: int = 5,
+    dim: int = 12,
+    multiset: bool = True,
+    compiler: str | None = "eager",
+) -> None:
+    """Check that ``fit(train, head=head)`` gives a scorer that keeps the Scorer protocol.
+
+    The fit: twice the same; from moments what it is from samples, or an InputError; the order of
+    samples and the numbering of classes do not matter, nor rows with a negative label, nor a second
+    copy of all; nothing that it was given changes, or is held on to.
+
+    The scores: [N], finite and at least float32, also of zero vectors and in half precision and
+    under autocast; float64 agrees; each row alone; NaN for a row with NaN or infinity and for no
+    other; logits of the head and logits that are passed count the same. Gradients are finite and
+    reach the input. Another D or K, missing features or logits are an InputError.
+
+    The module: ``.half()``, ``.to``, ``.eval()`` change nothing; ``state_dict`` carries all that
+    was fitted; ``save`` and ``load``, ``pickle``, ``deepcopy`` restore it to the bit;
+    ``torch.compile(fullgraph=True)`` gives the same.
+
+    The trial features are non-negative, as after a ReLU.
+
+    Args:
+        fit: e.g. ``ood.NECO.fit``, or a ``functools.partial`` of it.
+        head: with rows [num_classes, dim]; an ``nn.Linear`` with bias if None.
+        num_classes: K of the trial data.
+        dim: D of the trial data.
+        multiset: whether a second copy of all samples leaves the scores as they are; False for
+            what counts samples, such as the k-th neighbour.
+        compiler: backend of ``torch.compile``; None leaves that out.
+
+    Raises:
+        ConformanceError: a promise is broken.
+    """
+    K, N = num_classes, 30 * num_classes
+    noise = torch.Generator().manual_seed(0)
+    if head is None:
+        head = nn.Linear(dim, K)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(K, dim, generator=noise) / dim**0.5)
+            head.bias.copy_(torch.randn(K, generator=noise) / 10)
+    rows: Any = head
+    W = rows.weight.detach().double()
+    y = torch.arange(N) % K
+    spread = torch.randn(N, dim, generator=noise, dtype=torch.float64)
+    features = (1 + 4 * F.normalize(W, dim=1)[y] + spread / 2).relu()
+    x = (2 * torch.randn(40, dim, generator=noise, dtype=torch.float64)).abs()
+    x = torch.cat([features[:10] + 0.1, x, torch.zeros(1, dim, dtype=torch.float64)])
+
+    def data(z: Tensor, labels: Tensor = y, by: nn.Module = head) -> FeatureSet:
+        """Samples with their logits, in float32 as extract gives them."""
+        return FeatureSet(z.float(), labels, K, _logits(by, z.float()))
+
+    train, q = data(features), x.float()
+    kept = copy.deepcopy((train, head.state_dict(), q))
+    scorer = fit(train, head=head)
+    _need(isinstance(scorer, Scorer), "fit returns a Scorer.")
+    scores = scorer(q)
+    tell = type(scorer).__name__
+    _need(isinstance(scores, Tensor) and scores.shape == (len(q),), f"{tell}: scores are [N].")
+    _need(scores.is_floating_point() and scores.dtype.itemsize >= 4, f"{tell}: floats.")
+    _need(scores.isfinite().all(), f"{tell}: scores of finite features are finite.")
+    _need(torch.equal(q, kept[2]), f"{tell}: a score leaves the features as they are.")
+
+    # --- the scores --------------------------------------------------------------------------
+    _same(scorer(q), scores, f"{tell}: two calls give the same", 0.0)
+    wide = scorer(x)
+    _same(scores, wide, f"{tell}: float32 agrees with float64", 1e-4)
+    for low in (torch.float16, torch.bfloat16):
+        _same(scorer(q.to(low)), scorer(q.to(low).float()), f"{tell}: {low} is computed wider", 0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _same(scorer(q), scores, f"{tell}: autocast changes nothing", 1e-6)
+    order = torch.randperm(len(q), generator=noise)
+    _same(scorer(q[order]), scores[order], f"{tell}: rows do not see each other")
+    parts = torch.cat([scorer(part) for part in (q[:1], q[:0], q[1:8], q[8:])])
+    _same(parts, scores, f"{tell}: chunks, of one row and of none too, give what the whole gives")
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        torn = q.clone()
+        torn[3, 2] = bad
+        found = scorer(torn)
+        _need(found[3].isnan(), f"{tell}: a row with {bad} scores NaN, got {float(found[3])}.")
+        sound = torch.arange(len(q)) != 3
+        _same(found[sound], scores[sound], f"{tell}: a row with {bad} leaves the others alone")
+    for of, leaf in (("features", x[:-1].clone()), ("a zero vector", torch.zeros(1, dim))):
+        total = scorer(leaf.requires_grad_()).sum()
+        _need(total.requires_grad, f"{tell}: a gradient reaches {of}.")
+        total.backward()
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        _need(grad.isfinite().all(), f"{tell}: the gradient of {of} is finite.")
+        _need(len(leaf) == 1 or bool(grad.abs().sum() > 0), f"{tell}: a gradient reaches {of}.")
+
+    logits = _logits(head, q)
+    _same(scorer(q, logits), scores, f"{tell}: logits of the head may be passed")
+    if "features" in scorer.needs:
+        _refuses(lambda: scorer(None, logits), f"{tell}: missing features raise InputError.")
+    else:
+        _same(scorer(None, logits), scores, f"{tell}: logits are enough")
+    if "logits" in scorer.wants():
+        try:
+            alone = fit(train)
+        except InputError:
+            pass
+        else:
+            _same(alone(q, logits), scores, f"{tell}: fitted without a head it takes logits")
+            _refuses(lambda: alone(q), f"{tell}: missing logits raise InputError.")
+        _refuses(lambda: scorer(q, logits[:, 1:]), f"{tell}: another K raises InputError.")
+        if "features" in scorer.needs:
+            _refuses(lambda: scorer(q, logits[1:]), f"{tell}: another N raises InputError.")
+    if scorer.sizes()[0] is not None:
+        _refuses(lambda: scorer(q[:, 1:]), f"{tell}: another D raises InputError.")
+        _refuses(lambda: scorer(q[:, :1]), f"{tell}: D = 1 raises InputError.")
+    _refuses(lambda: scorer(q[0]), f"{tell}: features that are not 2-D raise InputError.")
+
+    # --- the module --------------------------------------------------------------------------
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scorer.safetensors"
+        scorer.save(path)
+        loaded = [one.load(path, head=copy.deepcopy(head)) for one in (type(scorer), Scorer)]
+    for other in loaded:
+        _need(type(other) is type(scorer), f"{tell}: load gives the class that was saved.")
+        _same(other(q), scores, f"{tell}: load restores what was saved", 0.0)
+    for how, other in (
+        ("copy.deepcopy", copy.deepcopy(scorer)),
+        ("pickle", pickle.loads(pickle.dumps(scorer))),
+        (".half()", copy.deepcopy(scorer).half()),
+        (".to(torch.bfloat16)", copy.deepcopy(scorer).to(torch.bfloat16)),
+        (".double()", copy.deepcopy(scorer).double()),
+        (".train()", copy.deepcopy(scorer).train()),
+        (".eval()", copy.deepcopy(scorer).eval()),
+    ):
+        _same(other(q), scores, f"{tell}: {how} gives the same scores", 0.0)
+    elsewhere = fit(data(1.5 * features), head=head)
+    elsewhere.load_state_dict(scorer.state_dict())
+    _same(elsewhere(q), scores, f"{tell}: the state_dict carries all that was fitted", 0.0)
+    if torch.cuda.is_available():
+        there = copy.deepcopy(scorer).cuda()(q.cuda())
+        _same(there.cpu(), scores, f"{tell}: a GPU gives the same", 1e-4)
+    if compiler is not None:
+        torch.compiler.reset()  # it gives up after eight modules
+        compiled = torch.compile(scorer, fullgraph=True, backend=compiler)
+        try:
+            found = compiled(q)
+        except Exception as error:
+            raise ConformanceError(f"{tell}: torch.compile(fullgraph=True): {error}") from error
+        _same(found, scores, f"{tell}: torch.compile gives the same")
+
+    # --- the fit -----------------------------------------------------------------------------
+    _same(fit(train, head=head)(q), scores, f"{tell}: two fits give the same", 0.0)
+    try:
+        moments = fit(train.stats, head=head)
+    except InputError:
+        pass
+    else:
+        _same(moments(x), wide, f"{tell}: moments give what samples give")
+    stir = torch.randperm(N, generator=noise)
+    for change, same in (
+        ("order of the samples", data(features[stir], y[stir])),
+        ("rows with a negative label", data(torch.cat([features, 9 * x]), _ignored(y, len(x)))),
+        *([("copy of all samples", data(features.repeat(2, 1), y.repeat(2)))] * multiset),
+    ):
+        _same(fit(same, head=head)(x), wide, f"{tell}: the {change} does not matter")
+    number = torch.arange(K).roll(1)  # new number of each class
+    renamed: Any = copy.deepcopy(head)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            part = getattr(renamed, name, None)
+            if isinstance(part, Tensor):
+                part.copy_(part.clone()[number.argsort()])
+    if torch.equal(_logits(renamed, q), logits[:, number.argsort()]):  # its rows can be moved
+        other = fit(data(features, number[y], renamed), head=renamed)
+        clear = x[:-1]  # a zero vector may tie all classes
+        _same(other(clear), wide[:-1], f"{tell}: the numbering of the classes does not matter")
+
+    given, state, _ = kept
+    intact = all(torch.equal(state[name], value) for name, value in head.state_dict().items())
+    intact = intact and torch.equal(given.features, train.features)
+    _need(intact, f"{tell}: a fit leaves its samples and its head as they are.")
+    moved: Any = copy.deepcopy(head)
+    lent = FeatureSet(train.features.clone(), y.clone(), K, _logits(head, train.features))
+    holding = fit(lent, head=moved)
+    with torch.no_grad():
+        moved.weight.mul_(2)
+        lent.features.mul_(2)
+    _same(holding(q), scores, f"{tell}: a fitted scorer holds its own copies", 0.0)
+
+
+def _logits(head: nn.Module, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_of(head, features)
+
+
+def _ignored(labels: Tensor, more: int) -> Tensor:
+    """``labels``, then some that do not count."""
+    return torch.cat([labels, labels.new_full((more,), -1)])
+
+
+def _refuses(call: Callable[[], Any], promise: str) -> None:
+    """Raise unless the call ends in an InputError."""
+    try:
+        call()
+    except InputError:
+        return
+    except Exception as error:
+        raise ConformanceError(f"{promise} Got {type(error).__name__}: {error}") from error
+    raise ConformanceError(f"{promise} Got a value.")

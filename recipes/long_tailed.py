@@ -14,6 +14,7 @@ The measured claims, with commands and seeds, stand in docs/methods/long-tailed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -43,6 +44,24 @@ def drw(logits: Tensor, labels: Tensor, counts: Tensor, epoch: int, epochs: int)
     return F.cross_entropy(logits, labels, weight=weight)
 
 
+def with_term(
+    features: Tensor, logits: Tensor, labels: Tensor, *, term: Callable[..., Tensor], times: float
+) -> Tensor:
+    """Cross-entropy and ``times`` a term on the features."""
+    return F.cross_entropy(logits, labels) + times * term(features, labels)
+
+
+def spectral_decoupling(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy and small logits; at K = 10 the default weight of DomainBed."""
+    return F.cross_entropy(logits, labels) + 0.02 * losses.spectral_decoupling(logits, labels)
+
+
+def la_tikhonov(features: Tensor, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Logit adjustment and short features (Hasegawa and Sato: 0.01, the adjustment afterwards)."""
+    decay = losses.feature_decay(features, labels)
+    return losses.logit_adjusted(logits, labels, counts) + 0.01 * decay
+
+
 class Centres(nn.Module):
     """Cross-entropy, and features that follow learned centres which keep apart."""
 
@@ -56,19 +75,36 @@ class Centres(nn.Module):
         return F.cross_entropy(logits, labels) + penalty
 
 
+prevent = partial(losses.signed_nc1, goal="prevent")
+lengths = partial(losses.norm_variation, of="means")
+UNSCALED = {"neck": "linear", "normalize": False}  # features of any length and sign
 METHODS = {
+    # Losses.
     "ce": Method("linear", ce),
-    "la": Method("linear", losses.logit_adjusted),
-    "vs": Method("linear", losses.vector_scaling),
+    "smoothing": Method("linear", losses.label_smoothing),
     "focal": Method("linear", losses.focal),
     "mse": Method("linear", losses.mse),
+    "bce": Method("linear", losses.binary_cross_entropy),
+    "la": Method("linear", losses.logit_adjusted),
+    "vs": Method("linear", losses.vector_scaling),
+    "cdt": Method("linear", partial(losses.vector_scaling, tau=0.0)),
+    "ldam-drw": Method("cosine_head", ldam_drw),
+    # What is shown, and what it weighs.
     "drw": Method("linear", drw),
     "mixup-drw": Method("linear", drw, train={"mixup": 1.0}),
     "balanced-sampling": Method("linear", ce, train={"sampling": "balanced"}),
+    # A term beside cross-entropy; weights are published ones where there are any, none is tuned.
     "centres": Method("linear", Centres),
-    "ldam-drw": Method("cosine_head", ldam_drw),
+    "centres-live": Method("linear", partial(with_term, term=losses.live_centres, times=1.0)),
+    "collapse": Method("linear", partial(with_term, term=losses.signed_nc1, times=0.1)),
+    "anti-collapse": Method("linear", partial(with_term, term=prevent, times=0.1)),
+    "koleo": Method("linear", partial(with_term, term=losses.koleo, times=0.05)),
+    "norms": Method("linear", partial(with_term, term=lengths, times=0.1)),
+    "spectral-decoupling": Method("linear", spectral_decoupling),
+    # Rows fixed to a simplex ETF.
     "etf-ce": Method("etf_head", ce),
     "etf-la": Method("etf_head", losses.logit_adjusted),
+    "etf-la-tikhonov": Method("etf_head", la_tikhonov, UNSCALED),
     "etf-dr": Method("etf_head", partial(losses.dot_regression, balance="none")),
     "etf-dr-balanced": Method("etf_head", partial(losses.dot_regression, balance="batch")),
 }
@@ -80,8 +116,10 @@ class LongTailed:
     """Train long-tailed methods side by side and report accuracy and geometry."""
 
     methods: tuple[str, ...] = ("ce", "la", "etf-dr-balanced")
-    """Any of: ce, la, vs, focal, mse, drw, mixup-drw, balanced-sampling, centres, ldam-drw, etf-ce,
-    etf-la, etf-dr, etf-dr-balanced."""
+    """Any of, by loss: ce, smoothing, focal, mse, bce, la, vs, cdt, ldam-drw; by what is shown or
+    weighs more: drw, mixup-drw, balanced-sampling; with a term beside cross-entropy: centres,
+    centres-live, collapse, anti-collapse, koleo, norms, spectral-decoupling; on a fixed ETF:
+    etf-ce, etf-la, etf-la-tikhonov, etf-dr, etf-dr-balanced."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed."""
     out: Path = Path("runs/long-tailed")
@@ -113,6 +151,7 @@ def main(config: LongTailed) -> None:
     if config.control:
         each = len(train) // train.num_classes
         even = [replace(tail, profile="balanced", n_max=each) for tail in jobs[0].data]
+        load(even[0])  # or says now that the data cannot be balanced
         jobs.append(Job(CONTROL, METHODS["ce"], even))
     runs = sweep(
         jobs,

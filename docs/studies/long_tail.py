@@ -32,6 +32,7 @@ ANGLES = {
     "test, debiased": ("test/angle/rare_means_min/debiased", 1, 1),
     "rare rows °": ("train/angle/rare_weight_min", 1, 1),
 }
+BRIEF = ("all %", "few %", "macro-F1", "NLL, T", "test, debiased", "rare rows °")
 ACCURACY = {k: v for k, v in viz.ACCURACY.items() if k != "ECE, T"}
 KEYS = [key for key, *_ in (*ACCURACY.values(), *ANGLES.values())] + ["train/loss"]
 
@@ -92,7 +93,9 @@ def markdown(rows: list[dict]) -> str:
             continue
         seeds = len(next(iter(found.values())))
         parts.append(f"### {table} ({seeds} seeds)")
-        for columns in (ACCURACY, ANGLES):
+        whole = table.endswith("-100")
+        brief = {k: v for k, v in (ACCURACY | ANGLES).items() if k in BRIEF}
+        for columns in (ACCURACY, ANGLES) if whole else (brief,):
             titles, lines = viz.summary(found, columns)
             if columns is ACCURACY:
                 titles = [titles[0], "lr, wd", *titles[1:]]
@@ -100,11 +103,10 @@ def markdown(rows: list[dict]) -> str:
                     run = found[line[0]][0]
                     line.insert(1, f"{run['lr']:g}, {run['weight_decay']:g}")
             keep = [i for i in range(len(titles)) if any(line[i] != "–" for line in lines)]
-            parts.append(
-                viz.text_table(
-                    [titles[i] for i in keep], [[line[i] for i in keep] for line in lines]
-                )
-            )
+            cells = [[line[i] for i in keep] for line in lines]
+            parts.append(viz.text_table([titles[i] for i in keep], cells))
+        if not whole:
+            continue
         sides = {
             (side, name): paired(found, side, key)
             for side in SIDES

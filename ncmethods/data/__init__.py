@@ -8,11 +8,13 @@ from ncmethods.data.longtail import (
     TailConfig,
     class_counts,
     default_order,
+    leave_out,
     long_tail_counts,
     long_tail_indices,
     long_tailed,
     reorder,
 )
+from ncmethods.data.outliers import outliers
 from ncmethods.data.protocols import PROTOCOLS, Protocol, protocol
 from ncmethods.data.samplers import BoundBatches, ClassSampler, Sampling, class_shares
 
@@ -36,11 +38,13 @@ __all__ = [
     "fetch",
     "glyphs",
     "hold_out",
+    "leave_out",
     "load",
     "long_tail_counts",
     "long_tail_indices",
     "long_tailed",
     "names",
+    "outliers",
     "protocol",
     "reorder",
 ]

@@ -147,39 +147,57 @@ _FILES: dict[str, dict[str, dict[str, str | None]]] = {
 
 # --- the public verbs ---------------------------------------------------------------------------
 
+OWN_TAIL = ("image-folder", "imagenet-lt", "places-lt", "inaturalist18")
+"""Datasets of image files, whose classes are as frequent as they came."""
+
 
 def names() -> tuple[str, ...]:
     """Names that ``load`` knows."""
-    return (*_LOADERS, "image-folder")
+    return (*_LOADERS, *OWN_TAIL)
 
 
 def load(
-    name: str, root: str | os.PathLike[str] | None = None, *, size: int | None = None
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    size: int | None = None,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """Training and test images of a dataset, verified against its checksums.
 
     ``fashion-mini``, ``glyphs-mini`` and ``digits`` need no file. ``fashion-mnist``, ``cifar10``,
     ``cifar100`` and ``glyphs`` are looked for in ``root``, ``$NCMETHODS_DATA``,
     ``~/.cache/ncmethods`` and where Debian's ``dataset-fashion-mnist`` puts them. ``image-folder``
-    reads ``root/train/CLASS/*`` and ``root/test`` (or ``root/val``), or ``root/CLASS/*`` with a
-    seeded 80/20 split of each class.
+    reads ``root/train/CLASS/*`` and ``root/test`` (or ``root/val``; of both the second is
+    ``validation``), or ``root/CLASS/*`` with a seeded 80/20 split of each class. ``imagenet-lt``,
+    ``places-lt`` and ``inaturalist18`` read their published lists and the images that these name.
+
+    Image files become uint8 squares in memory: the short side is resized, the centre cropped. They
+    have one channel if all are grey, else three.
 
     Args:
         name: one of ``names()``.
         root: directory that holds the files.
-        size: side of the square images; None keeps the size of the dataset (``image-folder``: 32,
-            its images are centre-cropped to a square).
+        size: side of the square images; None keeps the size of the dataset (``image-folder``: the
+            median short side, at most 64; the published lists: 224).
+        skip_unreadable: of image files, leave out those that cannot be read; else they are errors.
 
     Raises:
-        InputError: unknown name or bad size.
+        InputError: unknown name, bad size, or more images than fit into memory.
         DataError: files are missing, truncated or not what the name promises.
     """
     check_choice(name, names(), "dataset")
     if size is not None and size < 1:
         raise InputError(f"size must be a number of pixels ≥ 1, got {size}.")
     where = None if root is None else Path(root).expanduser()
-    if name == "image-folder":
-        return _image_folder(where, size or 32)
+    if name in OWN_TAIL:
+        from ncmethods.data import folders
+
+        if name == "image-folder":
+            return folders.image_folder(where, size, skip_unreadable=skip_unreadable)
+        return folders.listed(name, where, size, skip_unreadable=skip_unreadable)
+    if skip_unreadable:
+        raise InputError(f"skip_unreadable is for image files ({', '.join(OWN_TAIL)}), not {name}.")
     splits = _LOADERS[name](where)
     if size is None or splits.train.images.shape[-2:] == (size, size):
         return splits
@@ -196,6 +214,10 @@ def available(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     where = None if root is None else Path(root).expanduser()
     if name == "image-folder":
         return where is not None and where.is_dir()
+    if name in OWN_TAIL:
+        from ncmethods.data import folders
+
+        return folders.listed_at(name, where) is not None
     if name == "glyphs":
         from ncmethods.data import glyphs
 
@@ -222,6 +244,13 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
         from ncmethods.data import glyphs
 
         return glyphs.fetch(None if root is None else Path(root).expanduser())
+    if name in OWN_TAIL and name != "image-folder":
+        from ncmethods.data import folders
+
+        base = homes(None if root is None else Path(root).expanduser())[0]
+        raise InputError(
+            f"{name!r} has terms of use and cannot be fetched. {folders.what_to_get(name, base)}"
+        )
     if name not in _FILES:
         raise InputError(
             f"{name!r} needs no download: load({name!r}) reads "
@@ -459,62 +488,29 @@ def hold_out(data: ImageData, name: str, *, seed: int = 0) -> Splits:
     Raises:
         DataError: a class with one image.
     """
+    test = held_out(data.labels, data.classes, seed=seed)
+    train, aside = (data.subset(part.nonzero()[:, 0]) for part in (~test, test))
+    return Splits(train, aside, name)
+
+
+def held_out(labels: Tensor, classes: Sequence[str], *, seed: int = 0) -> Tensor:
+    """Which samples :func:`hold_out` holds out, bool [N].
+
+    Raises:
+        DataError: a class with one image.
+    """
     rng = np.random.RandomState(seed)
-    held_out = torch.zeros(len(data), dtype=torch.bool)
-    for c, title in enumerate(data.classes):
-        members = np.flatnonzero((data.labels == c).numpy())
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for c, title in enumerate(classes):
+        members = np.flatnonzero((labels == c).numpy())
         if len(members) < 2:
             raise DataError(
                 f"Class {title!r} needs at least 2 images to be split into train and test, "
                 f"it has {len(members)}."
             )
         rng.shuffle(members)
-        held_out[members[: max(1, round(len(members) / 5))]] = True
-    train, test = (data.subset(part.nonzero()[:, 0]) for part in (~held_out, held_out))
-    return Splits(train, test, name)
-
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-
-
-def _image_folder(root: Path | None, size: int) -> Splits:
-    if root is None or not root.is_dir():
-        raise DataError(
-            f"image-folder needs root, a directory with train/CLASS/*.png and test/CLASS/*.png or "
-            f"with CLASS/*.png, got {root}. Without files, `fashion-mini` runs now."
-        )
-    inside = root / "train"
-    tests = [root / part for part in ("test", "val") if (root / part).is_dir()]
-    train = _class_folders(inside if inside.is_dir() else root, size)
-    if not inside.is_dir() or not tests:
-        return hold_out(train, "image-folder")
-    return Splits(train, _class_folders(tests[0], size, train.classes), "image-folder")
-
-
-def _class_folders(folder: Path, size: int, classes: tuple[str, ...] | None = None) -> ImageData:
-    """Images of ``folder/CLASS/*`` as RGB squares; ``classes`` are the ones that must be there."""
-    from PIL import Image, ImageOps
-
-    found = tuple(
-        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    )
-    if len(found) < 2 or found != (classes or found):
-        want = "at least 2 folders, one per class" if classes is None else f"folders {classes}"
-        raise DataError(f"{folder}: expected {want}, got {found}.")
-    images, labels = [], []
-    for c, title in enumerate(found):
-        files = [p for p in sorted((folder / title).rglob("*")) if p.suffix.lower() in _SUFFIXES]
-        if not files:
-            raise DataError(f"{folder / title} holds no image ({', '.join(_SUFFIXES)}).")
-        for path in files:
-            try:
-                with Image.open(path) as image:
-                    square = ImageOps.fit(image.convert("RGB"), (size, size))
-            except (OSError, SyntaxError, ValueError) as error:  # all are PIL's
-                raise DataError(f"{path} is not a readable image: {error}") from error
-            images.append(np.asarray(square).transpose(2, 0, 1))
-            labels.append(c)
-    return _image_data(np.stack(images), np.asarray(labels), found)
+        chosen[members[: max(1, round(len(members) / 5))]] = True
+    return chosen
 
 
 def _glyphs_mini(root: Path | None) -> Splits:

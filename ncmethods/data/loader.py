@@ -55,6 +55,10 @@ class DeviceLoader:
     on a last batch of eight, at the full learning rate, can undo an epoch; so do the slices, and
     ``share`` is the weight of a rank's mean in that of the batch.
 
+    With ``views=v`` a batch shows each of its images v times, cropped and flipped independently and
+    stacked along B, view after view: rows i and i + B/v are one image. The first view is the batch
+    of ``views=1``.
+
     With ``train=False``, iterating yields ``(x, y)`` in order, without augmentation; rank r sees
     the images r, r + world, …, each once.
 
@@ -70,6 +74,8 @@ class DeviceLoader:
         crop: zero padding in pixels before a random crop of the original size.
         flip: mirror half of the images.
         mixup: a of lam ~ Beta(a, a), one lam per batch; 0 is off.
+        views: augmented copies of each image in a batch, for contrastive losses; ``batch_size``
+            and the length of an epoch still count images.
         rank: of this process.
         world: number of processes.
 
@@ -91,6 +97,7 @@ class DeviceLoader:
         crop: int = 0,
         flip: bool = False,
         mixup: float = 0.0,
+        views: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -110,9 +117,20 @@ class DeviceLoader:
             raise InputError(
                 f"seed, crop and mixup must be ≥ 0, got seed={seed}, crop={crop}, mixup={mixup}."
             )
-        if not train and (crop or flip or mixup or sampler):
+        if not train and (crop or flip or mixup or sampler or views != 1):
             raise InputError(
-                "crop, flip, mixup and a sampler need train=True: evaluation shows each image once."
+                "crop, flip, mixup, views and a sampler need train=True: evaluation shows each "
+                "image once."
+            )
+        if views < 1 or (views > 1 and mixup):
+            raise InputError(
+                f"views must be at least 1, and 1 with mixup, which mixes the images of a batch: "
+                f"got views={views}, mixup={mixup}."
+            )
+        if views > 1 and not (crop or flip):
+            raise InputError(
+                f"{views} views without crop or flip are {views} copies of one image. "
+                "Set crop or flip, or take one view."
             )
         if train and (batch_size % world or batch_size < 2 * world):
             raise InputError(
@@ -127,7 +145,8 @@ class DeviceLoader:
         if batch_size < 1:
             raise InputError(f"batch_size must be ≥ 1, got {batch_size}.")
         self.batch_size, self.seed, self.train, self.sampler = batch_size, seed, train, sampler
-        self.crop, self.flip, self.mixup, self.rank, self.world = crop, flip, mixup, rank, world
+        self.crop, self.flip, self.mixup, self.views = crop, flip, mixup, views
+        self.rank, self.world = rank, world
         self.device = torch.device(device)
         self.images = data.images.to(self.device)
         self.labels = data.labels.to(self.device)
@@ -173,16 +192,15 @@ class DeviceLoader:
             b = len(chosen)
             # The draws are for the global batch; this rank builds its slice [lo, hi) of it.
             rng = self._random(epoch, step + 1)
-            draws = np.stack([chosen, *rng.integers(0, 2 * self.crop + 1, (2, b))])
-            draws = np.vstack([draws, rng.integers(0, 1 + self.flip, b)])  # [4, b]
+            views = [self._draws(chosen, rng) for _ in range(self.views)]
             lo, hi = (b * r // self.world for r in (self.rank, self.rank + 1))
             share = (hi - lo) * self.world / b
-            x, y = self._build(draws[:, lo:hi])
+            x, y = self._build(np.hstack([draws[:, lo:hi] for draws in views]))
             if not self.mixup:
                 yield Batch(x, y, None, 1.0, share)
                 continue
             lam = float(rng.beta(self.mixup, self.mixup))
-            other, y_mix = self._build(draws[:, rng.permutation(b)[lo:hi]])
+            other, y_mix = self._build(views[0][:, rng.permutation(b)[lo:hi]])
             yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam, share)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,11 +220,16 @@ class DeviceLoader:
         """An own generator for the order (stream 0) or a step (1, 2, …) of ``epoch``."""
         return np.random.default_rng([self.seed, epoch, stream])
 
+    def _draws(self, chosen: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """[4, b]: index, row offset, column offset, mirrored."""
+        offsets = rng.integers(0, 2 * self.crop + 1, (2, len(chosen)))
+        return np.vstack([chosen, offsets, rng.integers(0, 1 + self.flip, len(chosen))])
+
     def _normalized(self, images: Tensor) -> Tensor:
         return images.float().sub_(self._mean).div_(self._std)
 
     def _build(self, draws: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Images and labels for ``draws`` [4, b]: index, row offset, column offset, mirrored."""
+        """Images and labels for ``draws`` [4, b]."""
         sent = torch.from_numpy(draws)
         if self.device.type == "cuda":
             sent = sent.pin_memory()

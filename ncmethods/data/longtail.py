@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ncmethods._core import InputError, check_choice, check_labels, check_num_classes
-from ncmethods.data.datasets import ImageData, Splits, load
+from ncmethods.data.datasets import OWN_TAIL, ImageData, Splits, load
+from ncmethods.data.folders import say
 
 Profile = Literal["exp", "step", "balanced"]
 """Shapes of a tail that is cut out of a dataset."""
@@ -104,7 +105,8 @@ def long_tail_indices(labels: Tensor, counts: Sequence[int], *, seed: int) -> Te
         if not 0 <= count <= len(members):
             raise InputError(
                 f"Class {c}: {count} images wanted, but the dataset has {len(members)}. "
-                "Lower n_max, or change the order of the classes."
+                "Lower n_max, or change the order of the classes. (A balanced control takes as "
+                "many images of every class: data with a tail of its own cannot give it.)"
             )
         rng.shuffle(members)
         chosen.append(members[:count])
@@ -135,7 +137,7 @@ def default_order(name: str, num_classes: int) -> tuple[int, ...]:
 
     In canonical order Fashion-MNIST's tail (sneaker, bag, ankle boot) is easy and hides the effect.
     """
-    if name in ("fashion-mini", "fashion-mnist"):
+    if name in ("fashion-mini", "fashion-mnist") and num_classes == len(CONFUSABLE_ORDER):
         return CONFUSABLE_ORDER
     return tuple(range(num_classes))
 
@@ -183,6 +185,29 @@ def _labels_of(data: object) -> tuple[Tensor, int | None]:
     return check_labels(labels), len(classes) if classes else None
 
 
+def leave_out(data: ImageData, names: Sequence[str]) -> ImageData:
+    """``data`` without the images of some classes; the others keep their order.
+
+    Args:
+        data: images with labels.
+        names: of the classes that go.
+
+    Raises:
+        InputError: a class that is none, or fewer than two left.
+    """
+    for name in names:
+        check_choice(name, data.classes, "class")
+    kept = [c for c, title in enumerate(data.classes) if title not in names]
+    if len(kept) < 2:
+        raise InputError(f"Leaving out {', '.join(names)} leaves {len(kept)} classes; 2 it takes.")
+    new = torch.full((data.num_classes,), -1)
+    new[kept] = torch.arange(len(kept))
+    rest = new[data.labels] >= 0
+    return ImageData(
+        data.images[rest], new[data.labels[rest]], tuple(data.classes[c] for c in kept)
+    )
+
+
 def long_tailed(
     splits: Splits,
     *,
@@ -201,33 +226,43 @@ def long_tailed(
         profile: ``exp``, ``step`` or ``balanced`` (see ``long_tail_counts``), or ``natural``, which
             keeps every image: for data that has its own tail.
         n_max: images of the most frequent class; what every class can give if None.
-        order: old class indices, most frequent first; ``default_order`` if None.
-        validation: images per class to set aside, of those that the tail leaves out.
+        order: old class indices, most frequent first; ``default_order`` if None, and for images
+            from files by their number.
+        validation: images per class to set aside, of those that the tail leaves out; if none, the
+            data's own validation images stay.
         seed: of the subset.
 
     Raises:
-        InputError: ``natural`` with ``validation``; see also ``long_tail_counts``,
+        InputError: ``natural`` with ``validation`` or ``n_max``; see also ``long_tail_counts``,
             ``long_tail_indices`` and ``reorder``.
     """
     K = splits.train.num_classes
-    order = default_order(splits.name, K) if order is None else order
+    if order is None:
+        order = default_order(splits.name, K)
+        if splits.name in OWN_TAIL:
+            counts = class_counts(splits.train).tolist()
+            order = sorted(order, key=lambda c: -counts[c])
     train, test = reorder(splits.train, order), reorder(splits.test, order)
+    own = None if splits.validation is None else reorder(splits.validation, order)
     if validation < 0 or (validation and profile == "natural"):
         raise InputError(
             "validation counts images that the tail leaves out; profile 'natural' leaves out none "
             f"and takes 0 only, got {validation} with profile {profile!r}."
         )
     if profile == "natural":
-        return Splits(train, test, splits.name)
+        if n_max is not None:
+            raise InputError(
+                f"n_max = {n_max} cuts the largest class, and profile 'natural' keeps every image. "
+                "Choose the profile exp, step or balanced, or leave n_max away."
+            )
+        return Splits(train, test, splits.name, own)
     n_max = int(class_counts(train).min()) - validation if n_max is None else n_max
-    counts = long_tail_counts(n_max, K, imbalance, profile)
+    wanted = long_tail_counts(n_max, K, imbalance, profile)
     # Drawn behind the training images of each class, which do not depend on them.
-    drawn = long_tail_indices(train.labels, [n + validation for n in counts], seed=seed)
-    parts = torch.split(drawn, [size for n in counts for size in (n, validation)])
+    drawn = long_tail_indices(train.labels, [n + validation for n in wanted], seed=seed)
+    parts = torch.split(drawn, [size for n in wanted for size in (n, validation)])
     kept, aside = torch.cat(parts[::2]), torch.cat(parts[1::2])
-    return Splits(
-        train.subset(kept), test, splits.name, train.subset(aside) if validation else None
-    )
+    return Splits(train.subset(kept), test, splits.name, train.subset(aside) if validation else own)
 
 
 @dataclass(frozen=True)
@@ -238,12 +273,16 @@ class TailConfig:
     """One of the names that `ncmethods list` prints."""
     imbalance: float = 100
     """R, the largest over the smallest class."""
-    profile: Literal["exp", "step", "balanced", "natural"] = "exp"
-    """Exponential decay, half of the classes rare, no tail, or the data's own (all images)."""
+    profile: Literal["exp", "step", "balanced", "natural"] | None = None
+    """Exponential decay, half of the classes rare, no tail, or the data's own (all images). None is
+    natural for images from files (image-folder, imagenet-lt, ...), exp for the others."""
     n_max: int | None = None
     """Images of the largest class; None takes all that every class has."""
     order: tuple[int, ...] | None = None
-    """Old class indices, most frequent first; None takes the dataset's default order."""
+    """Old class indices, most frequent first; None takes the dataset's default order, and for
+    images from files that of their number."""
+    without: tuple[str, ...] = ()
+    """Classes that are left out, by name; `ncmethods ood` takes their images for outliers."""
     validation: int = 0
     """Images per class, of those that the tail leaves out, to choose hyperparameters by; without
     them a fifth of the training images is held out for that."""
@@ -252,13 +291,25 @@ class TailConfig:
     root: Path | None = None
     """Where the files are, if not in the usual places."""
     size: int | None = None
-    """Resize images to this many pixels."""
+    """Resize images to this many pixels; None takes the dataset's size (image-folder: the median
+    short side, at most 64; published lists: 224)."""
+    skip_unreadable: bool = False
+    """Leave out image files that cannot be read; else they are an error."""
     seed: int | None = None
     """Of the choice of images, the same for all runs; None draws them anew with each run's seed."""
 
     def drawn(self, seed: int) -> TailConfig:
-        """This tail for a run with ``seed``, which chooses the images unless their own is set."""
-        return self if self.seed is not None else replace(self, seed=seed)
+        """This tail for a run with ``seed``, which chooses the images unless their own is set.
+
+        Image files that are all kept are read once for all runs.
+        """
+        whole = self.name in OWN_TAIL and self.shape == "natural"
+        return self if whole or self.seed is not None else replace(self, seed=seed)
+
+    @property
+    def shape(self) -> Profile | Literal["natural"]:
+        """The profile, also where none is named."""
+        return self.profile or ("natural" if self.name in OWN_TAIL else "exp")
 
     def load(self) -> Splits:
         """The long-tailed training set and the whole test set.
@@ -267,18 +318,36 @@ class TailConfig:
             DataError: the dataset is missing or damaged.
             InputError: a tail that the dataset cannot have.
         """
-        return long_tailed(
-            load(self.name, self.root, size=self.size),
+        whole = load(self.name, self.root, size=self.size, skip_unreadable=self.skip_unreadable)
+        if self.without:
+            train, test = (leave_out(part, self.without) for part in whole[:2])
+            more = whole.validation and leave_out(whole.validation, self.without)
+            whole = Splits(train, test, whole.name, more)
+        found = long_tailed(
+            whole,
             imbalance=self.imbalance,
-            profile=self.profile,
+            profile=self.shape,
             n_max=self.n_max,
             order=self.order,
             validation=self.validation,
             seed=self.seed or 0,
         )
+        if self.name in OWN_TAIL and self.shape == "natural":
+            counts = class_counts(found.train).tolist()
+            ranked = [f"{title} {n}" for title, n in zip(found.train.classes, counts)]
+            ends = ranked if len(ranked) <= 12 else [*ranked[:6], "…", *ranked[-6:]]
+            say(
+                f"{self.name}: all training images, by class: {', '.join(ends)}\n"
+                "  its own tail is kept (--data.profile exp would cut one)"
+            )
+        return found
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON keeps them, without the machine's paths."""
-        fields = asdict(self) | {"order": None if self.order is None else list(self.order)}
+        fields = asdict(self) | {"profile": self.shape}
+        fields["order"] = None if self.order is None else list(self.order)
         del fields["root"]
+        for name in ("skip_unreadable", "without"):
+            if not fields[name]:
+                del fields[name]
         return fields

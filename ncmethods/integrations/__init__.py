@@ -1,6 +1,7 @@
 """Adapters for other libraries, each imported on first use.
 
-``integrations.torchmetrics.CollapseMetric`` and ``integrations.lightning.CollapseCallback``.
+``integrations.torchmetrics.CollapseMetric``, ``integrations.lightning.CollapseCallback`` and
+``integrations.pytorch_ood.as_pytorch_ood``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["lightning", "torchmetrics"]
+__all__ = ["lightning", "pytorch_ood", "torchmetrics"]
 
 
 def __getattr__(name: str) -> ModuleType:

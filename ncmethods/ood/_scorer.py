@@ -57,7 +57,9 @@ class Scorer(nn.Module):
         self.hyper: dict[str, Any] = {}
         for name, value in fitted.items():
             if isinstance(value, Tensor):
-                self.register_buffer(name, value.detach().clone())
+                # As they load: other strides round otherwise.
+                kept = value.detach().clone(memory_format=torch.contiguous_format)
+                self.register_buffer(name, kept)
             else:
                 self.hyper[name] = value
                 setattr(self, name, value)
@@ -77,7 +79,9 @@ class Scorer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define score.")
 
     def forward(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
-        """Scores [N], higher = more out-of-distribution; NaN for rows that are not finite.
+        """Scores [N], higher = more out-of-distribution.
+
+        NaN where a feature is not finite, or a logit is NaN or +∞; logits of −∞ are no class.
 
         Args:
             features: [N, D]; None where only logits are needed.
@@ -86,22 +90,42 @@ class Scorer(nn.Module):
         Raises:
             InputError: what the score needs is missing, or has another D or K than in the fit.
         """
-        name = type(self).__name__
+        name, (D, K) = type(self).__name__, self.sizes()
+        by_features, by_logits = ("features" in self.needs, "logits" in self.wants())
+        makes_logits = by_logits and logits is None
         if features is not None:
-            features = check_features(features)
-        if "logits" in self.wants() and logits is None:
+            features = check_features(features, D if by_features or makes_logits else None)
+        if makes_logits:
             if self.head is None or features is None:
                 raise InputError(
                     f"{name} needs logits: pass them, or pass features to a scorer that was fitted "
                     "with head=model.head."
                 )
             logits = head_logits(self.head, features)
-        if "features" in self.needs and features is None:
+        if by_features and features is None:
             raise InputError(f"{name} needs features [N, D], got None.")
-        logits = torch.empty(0) if logits is None else check_logits(logits)
-        features = torch.empty(0) if features is None else features
-        with no_autocast(features.device):
-            return self.score(features, logits)
+        x = features if by_features and features is not None else torch.empty(0)
+        z = check_logits(logits, K) if by_logits and logits is not None else torch.empty(0)
+        if by_features and by_logits and len(x) != len(z):
+            raise InputError(f"{name} got {len(x)} rows of features and {len(z)} of logits.")
+        with no_autocast((x if by_features else z).device):
+            scores = self.score(x, z)
+        # Whatever the formula made of rows that are not finite: a clipped infinity looks sound.
+        if by_features:
+            scores = scores.masked_fill(~x.sum(1).isfinite(), torch.nan)
+        if by_logits:
+            scores = scores.masked_fill(~z.amax(1).isfinite(), torch.nan)
+        return scores
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """D and K of the fit, by which inputs are checked; None where any will do.
+
+        D is the length of the buffer ``center``, K that of the head's logits.
+        """
+        center, weight = self._buffers.get("center"), getattr(self.head, "weight", None)
+        K = getattr(self.head, "out_features", None)
+        tells = weight if center is None else center
+        return None if tells is None else tells.shape[-1], K
 
     def confidence(self, features: Tensor | None, logits: Tensor | None = None) -> Tensor:
         """The negative score, as OpenOOD and scikit-learn have it: higher = in-distribution."""

@@ -36,6 +36,8 @@ class Threshold(nn.Module):
 
     def __init__(self, levels: Tensor, keys: Tensor, sizes: Tensor, *, alpha: float) -> None:
         super().__init__()
+        if not 0 < alpha < 1:
+            raise InputError(f"alpha is the share of false alarms, in (0, 1), got {alpha}.")
         self.alpha = alpha
         self.register_buffer("levels", levels)
         self.register_buffer("keys", keys)
@@ -64,75 +66,83 @@ class Threshold(nn.Module):
         """
         if not 0 < alpha < 1:
             raise InputError(f"alpha is the share of false alarms, in (0, 1), got {alpha}.")
-        if scores.ndim != 1 or bool(scores.isnan().any()):
+        s = _checked(scores)
+        bad = int(s.isnan().sum())
+        if bad:
             raise InputError(
-                f"scores must be [n] without NaN, got {tuple(scores.shape)} with "
-                f"{int(scores.isnan().sum())} NaN."
+                f"{bad} of {len(s)} calibration scores are NaN: their inputs or features were not "
+                "finite. Leave them out, or find out why."
             )
-        group = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-        if groups is not None:
-            group = check_labels(groups, len(scores), num_groups).to(scores.device)
-            if bool((group < 0).any()):
-                raise InputError("groups must be ≥ 0: leave scores without a group out.")
-        G = num_groups or (int(group.max()) + 1 if len(group) else 1)
+        G = num_groups or (1 if groups is None or not len(s) else int(groups.max()) + 1)
+        group = _groups(groups, s, G)
         sizes = torch.bincount(group, minlength=G)
-        need = math.ceil(1 / alpha - 1 - 1e-9)
-        if int(sizes.min()) < need:
-            few = (sizes < need).nonzero()[:, 0].tolist()
+        few = (_flaggable(sizes, alpha) < 1).nonzero()[:, 0].tolist()
+        if few:
+            need = math.ceil((1 - _ROUNDING) / alpha) - 1
             where = "" if groups is None else f" in each group; too few in {few[:12]}"
             raise InputError(
                 f"A threshold at alpha = {alpha:g} needs at least {need} calibration scores"
                 f"{where}, got {sizes.min()}. Hold out more, accept a larger alpha"
                 + (", or calibrate without groups." if groups is not None else ".")
             )
-        levels, rank = torch.unique(scores.detach().double(), return_inverse=True)
+        levels, rank = torch.unique(s, return_inverse=True)
         keys = (group * (len(levels) + 1) + rank).sort().values
         return cls(levels, keys, sizes, alpha=alpha)
 
     def p_value(self, scores: Tensor, groups: Tensor | None = None) -> Tensor:
         """p-values [N] in float64; the smallest there is, 1/(n + 1), for a score that is NaN.
 
+        Args:
+            scores: [N].
+            groups: int64 [N], for a threshold per group.
+
         Raises:
             InputError: groups are missing, or were none in the calibration.
         """
-        if (groups is None) != (len(self.sizes) == 1):
+        s, G = _checked(scores).to(self.levels.device), len(self.sizes)
+        if groups is None and G > 1:
             raise InputError(
-                f"This threshold was calibrated with {len(self.sizes)} group(s): "
-                + ("pass groups=… too." if groups is None else "leave groups away.")
+                f"This threshold was calibrated with {G} groups: pass groups=…, that of each score."
             )
-        s = scores.detach().double().nan_to_num(nan=math.inf)
-        group = torch.zeros(len(s), dtype=torch.int64, device=s.device)
-        if groups is not None:
-            group = check_labels(groups, len(s), len(self.sizes))
+        group = _groups(groups, s, G)
         U = len(self.levels)
-        rank = torch.searchsorted(self.levels, s, right=False)
+        rank = torch.searchsorted(self.levels, s, right=False).masked_fill(s.isnan(), U)
         start = torch.searchsorted(self.keys, group * (U + 1) + rank, right=False)
         n = self.sizes[group]
         return (1 + self.sizes.cumsum(0)[group] - start).double() / (n + 1)
 
     def forward(self, scores: Tensor, groups: Tensor | None = None) -> Tensor:
         """Whether to distrust each input, bool [N]."""
-        return self.p_value(scores, groups) <= self.alpha * (1 + 1e-12)
+        return self.flags(self.p_value(scores, groups))
+
+    def flags(self, p_values: Tensor) -> Tensor:
+        """Whether p-values [N] are small enough to flag, bool [N]."""
+        return p_values <= self.alpha * (1 + _ROUNDING)
 
     @property
     def value(self) -> Tensor:
         """Largest score of each group that is not flagged, [G]: flagged is what lies above."""
-        allowed = ((self.sizes + 1) * self.alpha * (1 + 1e-12)).floor().long()  # flagged of n + 1
-        last = self.sizes.cumsum(0) - allowed
+        last = self.sizes.cumsum(0) - _flaggable(self.sizes, self.alpha)
         return self.levels[self.keys[last] % (len(self.levels) + 1)]
 
     def band(self, level: float = 0.9) -> Tensor:
         """Where the false-alarm rate of this very calibration lies with probability ``level``.
 
-        Over calibrations of this size the rate follows Beta(l, n + 1 − l), l = ⌊(n + 1) alpha⌋.
+        Over calibrations of this size the rate follows Beta(l, n + 1 − l), l = ⌊(n + 1) alpha⌋,
+        where scores do not tie; where they do, it lies lower.
 
         Returns:
             Lower and upper rate of each group, [G, 2].
+
+        Raises:
+            InputError: a level out of range.
         """
         from scipy.stats import beta
 
-        n = self.sizes.cpu().double()
-        l = ((n + 1) * self.alpha * (1 + 1e-12)).floor()  # noqa: E741
+        if not 0 < level < 1:
+            raise InputError(f"level lies in (0, 1), got {level}.")
+        n = self.sizes.cpu()
+        l = _flaggable(n, self.alpha)  # noqa: E741
         ends = beta.ppf([[(1 - level) / 2], [(1 + level) / 2]], l.numpy(), (n + 1 - l).numpy())
         return torch.from_numpy(ends).T
 
@@ -149,6 +159,34 @@ class Threshold(nn.Module):
     def extra_repr(self) -> str:
         """Size and promise."""
         return f"alpha={self.alpha:g}, n={int(self.sizes.sum())}, groups={len(self.sizes)}"
+
+
+_ROUNDING = 1e-12  # relative, so that p = 5/100 is not above alpha = 0.05
+
+
+def _flaggable(sizes: Tensor, alpha: float) -> Tensor:
+    """⌊(n + 1) alpha⌋ for each n: so many of n + 1 exchangeable scores are flagged."""
+    return ((sizes.double() + 1) * (alpha * (1 + _ROUNDING))).floor().long()
+
+
+def _checked(scores: Tensor) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.ndim != 1:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"scores must be a tensor [n], got {got}.")
+    s = scores.detach()
+    return (s.cpu() if s.device.type == "mps" else s).double()  # no float64 there
+
+
+def _groups(groups: Tensor | None, scores: Tensor, num_groups: int) -> Tensor:
+    if groups is None:
+        return torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    group = check_labels(groups, len(scores)).to(scores.device)
+    if bool(((group < 0) | (group >= num_groups)).any()):
+        raise InputError(
+            f"groups must lie in 0 … {num_groups - 1}, got {int(group.min())} … {int(group.max())}."
+            " Leave scores without a group out of the calibration."
+        )
+    return group
 
 
 def benjamini_hochberg(p_values: Tensor, q: float = 0.05) -> Tensor:
@@ -178,6 +216,6 @@ def benjamini_hochberg(p_values: Tensor, q: float = 0.05) -> Tensor:
         )
     N = len(p)
     ranked = p.sort().values
-    within = ranked <= q * torch.arange(1, N + 1).to(p) / max(N, 1) * (1 + 1e-12)
+    within = ranked <= q * torch.arange(1, N + 1).to(p) / max(N, 1) * (1 + _ROUNDING)
     last = within.nonzero()[-1:, 0]
     return p <= ranked[last] if len(last) else torch.zeros(N, dtype=torch.bool, device=p.device)

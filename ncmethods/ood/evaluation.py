@@ -87,7 +87,7 @@ def fpr_at_tpr(
         raise InputError(f"tpr is a share in (0, 1], got {tpr}.")
     s, t = _checked(scores_id, scores_ood)
     hits, others = (t, s) if positive == "ood" else (-s, -t)
-    need = math.ceil(tpr * len(hits) - 1e-9)
+    need = max(1, math.ceil(tpr * len(hits) - 1e-9))
     cut = hits.sort(descending=True).values[need - 1]
     return (others >= cut).double().mean()
 
@@ -98,7 +98,7 @@ def fpr95(scores_id: Tensor, scores_ood: Tensor, *, positive: str = "ood") -> Te
 
 
 def bootstrap(
-    measure: Callable[[Tensor, Tensor], Tensor],
+    measure: Callable[[Tensor, Tensor], Tensor | float],
     scores_id: Tensor,
     scores_ood: Tensor,
     *,
@@ -111,12 +111,18 @@ def bootstrap(
     It says how much the test images matter, not how much another training would change.
 
     Args:
-        measure: such as :func:`auroc`.
+        measure: such as :func:`auroc`, of float64 scores on the CPU.
         scores_id: in-distribution scores [N].
         scores_ood: out-of-distribution scores [M].
         level: of the interval.
         repeats: number of draws.
         seed: of the draws.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        InputError: no scores on a side, NaN, or a level or number of repeats out of range.
     """
     if not (0 < level < 1 and repeats >= 1):
         raise InputError(f"level lies in (0, 1) and repeats ≥ 1, got {level} and {repeats}.")
@@ -124,11 +130,10 @@ def bootstrap(
     rng = torch.Generator().manual_seed(seed)
 
     def drawn(x: Tensor) -> Tensor:
-        return x[torch.randint(len(x), (len(x),), generator=rng).to(x.device)]
+        return x[torch.randint(len(x), (len(x),), generator=rng)]
 
-    values = torch.stack([measure(drawn(s), drawn(t)).cpu() for _ in range(repeats)])
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)
-    low, high = values.quantile(ends).tolist()
+    values = torch.tensor([float(measure(drawn(s), drawn(t))) for _ in range(repeats)]).double()
+    low, high = values.quantile(values.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
     return low, high
 
 
@@ -148,13 +153,17 @@ def evaluate(
         ``SET/fpr95_id`` by the positive side, and the same under ``mean``.
 
     Raises:
-        InputError: no set, a name in ``near`` that is none, or scores that cannot be used.
+        InputError: no set, one that is named like a mean over sets, a name in ``near`` that is
+            none, or scores that cannot be used.
 
     Warns:
         UserWarning: an AUROC far below ½, which a wrong sign would give.
     """
     if not scores_ood:
         raise InputError("evaluate needs at least one set of out-of-distribution scores, got none.")
+    taken = {"mean", "near", "far"} & set(scores_ood)
+    if taken:
+        raise InputError(f"{sorted(taken)} are names of means over sets: give the sets others.")
     for name in near:
         check_choice(name, scores_ood, "near set")
     rows: dict[str, dict[str, float]] = {}
@@ -173,7 +182,8 @@ def evaluate(
             )
     kinds = {"mean": list(rows)}
     if near:
-        kinds |= {"near": list(near), "far": [name for name in rows if name not in near]}
+        kinds["near"] = [name for name in rows if name in near]
+        kinds["far"] = [name for name in rows if name not in near]
     sets = dict(rows)
     for kind, names in kinds.items():
         if names:
@@ -193,4 +203,4 @@ def _checked(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:
             raise InputError(
                 f"{name} holds {bad} NaN of {len(scores)}: their features were not finite."
             )
-    return scores_id.detach().double(), scores_ood.detach().double()
+    return scores_id.detach().cpu().double(), scores_ood.detach().cpu().double()

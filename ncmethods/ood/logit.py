@@ -118,15 +118,18 @@ class GEN(Scorer):
     ) -> GEN:
         """The scorer; ``train`` plays no part."""
         check_positive(gamma=gamma, top=top)
+        if top != int(top):
+            raise InputError(f"top is a number of classes, got {top}.")
         return cls(head, gamma=gamma, top=top)
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Entropies [N]."""
         log_p = F.log_softmax(logits, dim=1)
-        log_p = log_p.topk(min(self.top, log_p.shape[1]), dim=1).values
-        # log(1 − p); the floor keeps p = 1 finite, where the term is 0.
-        log_rest = torch.log(-torch.expm1(log_p.clamp(max=-torch.finfo(log_p.dtype).tiny)))
-        return (self.gamma * (log_p + log_rest)).exp().sum(1)
+        top, place = log_p.topk(min(self.top, log_p.shape[1]), dim=1)
+        # log(1 − p); of the largest from the others, since a sure p rounds to 1.
+        rest = log_p.scatter(1, place[:, :1], -math.inf).logsumexp(1, keepdim=True)
+        log_rest = torch.cat((rest, torch.log1p(-top[:, 1:].exp())), dim=1)
+        return (self.gamma * (top + log_rest)).exp().sum(1)
 
 
 class KLMatching(Scorer):
@@ -148,6 +151,9 @@ class KLMatching(Scorer):
         """The scorer fitted on ``train``."""
         data = samples(train, cls.__name__)
         p = F.softmax(train_logits(data, head, cls.__name__).double(), dim=1)
+        bad = int((~p.isfinite().all(1)).sum())
+        if bad:
+            raise InputError(f"{bad} rows of logits hold NaN or +Inf. Leave them out.")
         K, guess = p.shape[1], p.argmax(1)
         n = torch.bincount(guess, minlength=K)
         d = p.new_zeros(K, K).index_add_(0, guess, p)[n > 0] / n[n > 0, None]
@@ -155,7 +161,7 @@ class KLMatching(Scorer):
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Divergences [N], in nats."""
-        log_p = F.log_softmax(logits, dim=1)
-        p = log_p.exp()
+        p = F.softmax(logits, dim=1)
         cross = p @ self.log_typical.to(p.dtype).T  # [N, K']
-        return (p * log_p).sum(1) - cross.amax(1)
+        entropy: Tensor = torch.special.entr(p).sum(1)
+        return -entropy - cross.amax(1)

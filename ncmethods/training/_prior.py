@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 NO_CORRECTION = {"label_aware_smoothing"}  # takes the counts, and corrects no prior
 
 
@@ -19,8 +21,13 @@ def name_of(loss: Callable[..., Any]) -> str:
 
 
 def corrects(loss: Callable[..., Any]) -> bool:
-    """Whether ``loss`` corrects for the class prior: it takes the counts, by name."""
-    return name_of(loss) not in NO_CORRECTION and "counts" in inspect.signature(loss).parameters
+    """Whether ``loss`` corrects for the class prior: it takes the counts, by name.
+
+    Of a class of modules it is ``forward`` that takes them.
+    """
+    kind = loss.func if isinstance(loss, partial) else loss
+    called = kind.forward if isinstance(kind, type) and issubclass(kind, nn.Module) else loss
+    return name_of(loss) not in NO_CORRECTION and "counts" in inspect.signature(called).parameters
 
 
 def warn_twice(one: str, other: str, *, stacklevel: int) -> None:

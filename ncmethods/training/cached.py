@@ -19,7 +19,7 @@ from ncmethods.data import (
     ImageData,
     TailConfig,
     class_counts,
-    default_order,
+    leave_out,
     load,
     long_tail_indices,
     reorder,
@@ -83,7 +83,10 @@ class CachedRun:
         return _rows(self.place / "metrics.jsonl")
 
     def features(self, split: str) -> FeatureSet:
-        """Features, labels and logits of its ``"train"`` or ``"test"`` images, on the CPU.
+        """Features, labels and logits of its images, on the CPU.
+
+        Args:
+            split: ``"train"``, ``"test"``, or ``"validation"`` where the run's data set some aside.
 
         Raises:
             DataError: the dataset is missing or damaged.
@@ -94,6 +97,20 @@ class CachedRun:
             found = FeatureSet.load(path) if path.exists() else self._extract(split, path)
             self._held[split] = found
         return self._held[split]
+
+    def images(self, name: str, images: Tensor) -> FeatureSet:
+        """Features and logits of other images, kept under ``name``; they have no labels.
+
+        Args:
+            name: of the file.
+            images: uint8 [N, C, H, W] in the shape that the run was trained on.
+        """
+        path = self._store / f"{name.replace('/', '_')}.safetensors"
+        if path.exists():
+            return FeatureSet.load(path)
+        classes = tuple(self.data["classes"])
+        anyhow = torch.zeros(len(images), dtype=torch.int64)
+        return self._save(ImageData(images, anyhow, classes), path, labelled=False)
 
     def unseen(self, per_class: int) -> FeatureSet | None:
         """Features of images of the dataset's training set that the tail has left out.
@@ -112,7 +129,9 @@ class CachedRun:
             return FeatureSet.load(path)
         about, seen = self.data, self.counts
         whole = load(about["name"], self.root, size=about["size"]).train
-        order = about["order"] or default_order(about["name"], len(seen))
+        if about.get("without"):
+            whole = leave_out(whole, about["without"])
+        order = [whole.classes.index(name) for name in about["classes"]]
         images = reorder(whole, order)
         more = (seen + per_class).minimum(class_counts(images))
         if bool((more <= seen).any()):
@@ -121,6 +140,32 @@ class CachedRun:
         labels = images.labels[drawn]
         new = images.subset(drawn[nth_of_class(labels) >= seen[labels]])
         return self._save(new, path)
+
+    def calibration(self) -> tuple[FeatureSet, FeatureSet, str]:
+        """Features to calibrate on, which the network has not seen, features to test on, a note.
+
+        The first that there are of: images that the data set aside (``validation``); images that
+        the tail left out, half as many per class as there are to test; half of the test images, of
+        which the note speaks.
+        """
+        test = self.features("test")
+        if self.data.get("validation"):
+            return self.features("validation"), test, ""
+        per_class = max(1, len(test) // test.num_classes // 2)
+        unseen = self.unseen(per_class)
+        if unseen is not None:
+            return unseen, test, ""
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.seed))
+        held_out, rest = (
+            replace(
+                test,
+                features=test.features[rows],
+                labels=None if test.labels is None else test.labels[rows],
+                logits=None if test.logits is None else test.logits[rows],
+            )
+            for rows in order.chunk(2)
+        )
+        return held_out, rest, "half of the test images calibrate, the others test"
 
     def _extract(self, split: str, path: Path) -> FeatureSet:
         about = self.data
@@ -134,13 +179,17 @@ class CachedRun:
                 f"{about['name']} gives other images than those that {self.place} was trained on. "
                 "Name the directory of its files with root."
             )
-        return self._save(getattr(splits, split), path)
+        part = getattr(splits, split)
+        if part is None:
+            raise InputError(f"{self.place} set no {split} images aside.")
+        return self._save(part, path)
 
-    def _save(self, images: ImageData, path: Path) -> FeatureSet:
+    def _save(self, images: ImageData, path: Path, *, labelled: bool = True) -> FeatureSet:
         mean, std = self.data["mean"], self.data["std"]
         loader = DeviceLoader(images, 256, train=False, mean=mean, std=std, device=self.device)
         found = extract(self.model.to(self.device), loader, len(self.counts), progress=False)
         self.model.cpu()
+        found = found if labelled else replace(found, labels=None)
         found.save(path)
         return found
 

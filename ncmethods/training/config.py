@@ -115,6 +115,8 @@ class TrainConfig:
     """Zero padding of random crops in pixels; 0 is off."""
     flip: bool = False
     """Random horizontal mirroring."""
+    views: int = 1
+    """Augmented copies of each image in a batch; contrastive losses want 2, and crop or flip."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     threads: int = 0
@@ -128,7 +130,7 @@ class TrainConfig:
         """Check what would only fail in the middle of a run."""
         check_choice(self.schedule, ("cosine", "step", "constant"), "schedule")
         check_choice(self.sampling, get_args(Sampling), "sampling")
-        for name in ("epochs", "batch_size", "measurements"):
+        for name in ("epochs", "batch_size", "measurements", "views"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (math.isfinite(self.lr) and self.lr > 0):

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,9 +67,10 @@ def fit(
     Args:
         model: description of the Classifier.
         loss: a function of any of ``features, logits, labels, weight, bias, counts, epoch,
-            epochs``, by these names (epoch from 0). Or a class of modules, or a partial of one,
-            with such a ``forward``, built as ``loss(num_classes=K, dim=D)``: its parameters are
-            trained and saved in the checkpoints, those of ``param_group()`` as that says.
+            epochs, views``, by these names (epoch from 0; rows i and i + N/views are views of one
+            image). Or a class of modules, or a partial of one, with such a ``forward``, built as
+            ``loss(num_classes=K, dim=D)``: its parameters are trained and saved in the checkpoints,
+            those of ``param_group()`` as that says.
         splits: training and test images.
         config: hyperparameters.
         out: the run directory.
@@ -153,6 +156,7 @@ def fit(
         crop=config.crop,
         flip=config.flip,
         mixup=config.mixup,
+        views=config.views,
     )
     train, test = loader("train", train=False), loader("test", train=False)
     net = build_model(model, seed=seed).to(here.device)
@@ -210,7 +214,8 @@ def fit(
         tracker.timing(
             {"event": "start", "step": step, "host": platform.node(), "time": time.time()}
         )
-        began = time.perf_counter()
+        began = started = time.perf_counter()
+        first = step
         while step < total:
             epoch, start = divmod(step, per_epoch)
             for batch in batches.epoch(epoch, start):
@@ -247,6 +252,10 @@ def fit(
                 seconds["measure"] = time.perf_counter() - evaluated
             tracker.log(row)
             tracker.timing(seconds)
+            spent = time.perf_counter() - started
+            if here.first and step < total and spent > 10 and config.measured(epoch + 1):
+                left = timedelta(seconds=round(spent * (total - step) / (step - first)))
+                print(f"  epoch {epoch + 1} of {config.epochs}, {left} left", file=sys.stderr)
             if step == total and here.first:
                 _write_result(out, net, measured)
                 if draw is not None:
@@ -314,6 +323,7 @@ def _loss(
         "counts": counts,
         "epoch": epoch,
         "epochs": config.epochs,
+        "views": config.views,
     }
     value: Tensor = loss(**bind(loss, available))
     if batch.y_mix is None:
@@ -335,6 +345,7 @@ def _claim(out: Path, record: dict[str, Any], here: Process) -> int:
         old = read_json(path)
         if finished:  # a result stays one after an upgrade; only a resume needs the same version
             old["ncmethods"] = record["ncmethods"]
+            old["train"] = asdict(TrainConfig()) | old["train"]  # it has no fields younger than it
         train["threads"] = train["threads"] or _flat(old).get("train.threads")
         _check_same(record, old, out)
     else:

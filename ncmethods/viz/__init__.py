@@ -4,7 +4,12 @@ Figures are made to be read at 4.5 inches, which is a column of a paper and the 
 """
 
 from ncmethods.viz.collapse import collapse_figures, collapse_page, measure_table
-from ncmethods.viz.detection import auroc_heatmap, roc_curves, score_histogram
+from ncmethods.viz.detection import (
+    auroc_heatmap,
+    contact_sheet,
+    roc_curves,
+    score_histogram,
+)
 from ncmethods.viz.figures import (
     class_accuracy,
     class_comparison,
@@ -45,6 +50,7 @@ __all__ = [
     "comparison",
     "comparison_page",
     "confusion",
+    "contact_sheet",
     "cosine_heatmap",
     "draw_run",
     "html_report",

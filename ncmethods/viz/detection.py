@@ -23,7 +23,7 @@ from ncmethods.viz.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["auroc_heatmap", "roc_curves", "score_histogram"]
+__all__ = ["auroc_heatmap", "contact_sheet", "roc_curves", "score_histogram"]
 
 
 def score_histogram(
@@ -147,4 +147,33 @@ def auroc_heatmap(
     axes.set_yticks(range(len(values)), list(values), fontsize=SMALL)
     axes.set_xticks(range(len(sets)), list(sets), fontsize=SMALL, rotation=30, ha="right")
     axes.set_title(title, fontsize=TITLE, color=INK, loc="left")
+    return figure
+
+
+def contact_sheet(images: Sequence[Tensor], captions: Sequence[str], *, title: str = "") -> Figure:
+    """Images in rows of six, each with its caption.
+
+    Args:
+        images: uint8 [C, H, W], one or three channels.
+        captions: as many.
+        title: of the sheet.
+
+    Raises:
+        InputError: no image, or another number of captions.
+    """
+    from matplotlib.figure import Figure
+
+    if not images or len(images) != len(captions):
+        raise InputError(f"{len(images)} images and {len(captions)} captions: as many of each.")
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    size = (1.5 * columns, 1.85 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        shown = image.detach().cpu().permute(1, 2, 0).expand(-1, -1, 3)
+        axes.imshow(shown.numpy())
+        axes.set_axis_off()
+        axes.set_title(caption, fontsize=7, color=INK)
+    figure.suptitle(title, fontsize=TITLE, color=INK, x=0.02, ha="left")
     return figure

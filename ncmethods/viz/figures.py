@@ -24,6 +24,7 @@ INK, GRID, MISSING = "#222222", "#dddddd", "#bbbbbb"
 # Okabe & Ito: told apart with every common form of colour blindness.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#888888"]
 GROUP_COLORS = ["#0072B2", "#56B4E9", "#E69F00", "#D55E00"]
+MARKERS = ["o", "s", "^"]  # where colours repeat
 STYLES = ["-", "--", ":", "-."]
 ANNOTATE = 12  # classes up to which each cell or bar carries its number
 NAMED = 30  # classes up to which each is named on the axis
@@ -398,7 +399,8 @@ def scatter(
     """
     figure, axes = _figure(3.4)
     handles: dict[str, Any] = {}
-    for method, color in zip(results, _cycle(COLORS), strict=False):
+    for i, (method, color) in enumerate(zip(results, _cycle(COLORS), strict=False)):
+        shape = MARKERS[i // len(COLORS) % len(MARKERS)]
         both = zip(*(results[method].get(key, []) for key, _ in (x, y)), strict=False)
         pairs = [(a, b) for a, b in both if None not in (a, b)]
         points = torch.tensor(pairs, dtype=torch.float64).view(-1, 2)
@@ -406,8 +408,8 @@ def scatter(
         if not len(points):
             continue
         mean = points.mean(0).tolist()
-        axes.plot(*points.T, "o", ms=2.5, color=color, alpha=0.6, mew=0)
-        (handles[method],) = axes.plot(*mean, "o", ms=6, color=color)
+        axes.plot(*points.T, shape, ms=2.5, color=color, alpha=0.6, mew=0)
+        (handles[method],) = axes.plot(*mean, shape, ms=6, color=color)
     if not handles:
         raise InputError(
             f"No method has a seed with both {x[0]} and {y[0]}; "

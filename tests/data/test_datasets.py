@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ncmethods import data
 from ncmethods._core import DataError, InputError
@@ -74,6 +73,9 @@ def test_names_are_the_table():
         "cifar100",
         "glyphs",
         "image-folder",
+        "imagenet-lt",
+        "places-lt",
+        "inaturalist18",
     )
 
 
@@ -437,85 +439,6 @@ def test_not_a_batch(content, tmp_path, monkeypatch):
         data.load("cifar10", tmp_path)
 
 
-# --- image folders ------------------------------------------------------------------------------
-
-
-def write_images(folder, per_class, size=(20, 16), suffix=".png"):
-    rng = np.random.RandomState(0)
-    for c, (name, n) in enumerate(per_class.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            pixels = rng.randint(0, 60, (size[1], size[0], 3)) + 60 * c
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}{suffix}")
-
-
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_image_folder_with_its_own_split(held_out, tmp_path):
-    write_images(tmp_path / "train", {"dog": 3, "ant": 2, "cat": 4})
-    write_images(tmp_path / held_out, {"ant": 1, "cat": 1, "dog": 2})
-    assert data.available("image-folder", tmp_path)
-    splits = data.load("image-folder", tmp_path)
-    assert splits.train.classes == splits.test.classes == ("ant", "cat", "dog")
-    assert data.class_counts(splits.train).tolist() == [2, 4, 3]
-    assert data.class_counts(splits.test).tolist() == [1, 1, 2]
-    assert splits.train.images.shape == (9, 3, 32, 32)
-    assert data.load("image-folder", str(tmp_path), size=8).test.images.shape == (4, 3, 8, 8)
-
-
-@pytest.mark.parametrize("inside", ["", "train"])
-def test_image_folder_splits_each_class(inside, tmp_path):
-    write_images(tmp_path / inside, {"a": 10, "b": 2, "c": 15}, size=(16, 16))
-    splits = data.load("image-folder", tmp_path, size=16)
-    assert data.class_counts(splits.test).tolist() == [2, 1, 3]
-    assert data.class_counts(splits.train).tolist() == [8, 1, 12]
-    again = data.load("image-folder", tmp_path, size=16)
-    assert torch.equal(again.train.images, splits.train.images)
-    assert len(torch.cat([splits.train.images, splits.test.images]).unique(dim=0)) == 27
-
-
-def test_image_folder_keeps_pixels_and_crops_the_centre(tmp_path):
-    picture = np.zeros((4, 8), np.uint8)
-    picture[:, 2:6] = 200
-    for c in "ab":
-        (tmp_path / c).mkdir()
-        for i in range(2):
-            Image.fromarray(picture).save(tmp_path / c / f"{i}.png")  # grey
-        (tmp_path / c / "notes.txt").write_text("not an image")
-    (tmp_path / ".cache").mkdir()
-    splits = data.load("image-folder", tmp_path, size=4)
-    assert (splits.train.images == 200).all()
-    assert splits.train.images.shape == (2, 3, 4, 4)
-
-
-def test_bad_image_folders(tmp_path):
-    with pytest.raises(DataError, match=r"image-folder needs root.*got None.*fashion-mini"):
-        data.load("image-folder")
-    with pytest.raises(DataError, match=r"image-folder needs root.*nowhere"):
-        data.load("image-folder", tmp_path / "nowhere")
-    write_images(tmp_path / "train", {"a": 3})
-    with pytest.raises(
-        DataError, match=r"expected at least 2 folders, one per class, got \('a',\)"
-    ):
-        data.load("image-folder", tmp_path)
-    write_images(tmp_path / "train", {"b": 1})
-    with pytest.raises(DataError, match=r"Class 'b' needs at least 2 images .* it has 1"):
-        data.load("image-folder", tmp_path)
-    write_images(tmp_path / "test", {"a": 3, "c": 1})
-    with pytest.raises(DataError, match=r"test: expected folders \('a', 'b'\), got \('a', 'c'\)"):
-        data.load("image-folder", tmp_path)
-    (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
-    picture = tmp_path / "train" / "a" / "0.png"
-    good = picture.read_bytes()
-    for damaged in (b"not a picture", b"", good[:40], good[: len(good) // 2]):
-        picture.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a/0.png is not a readable image"):
-            data.load("image-folder", tmp_path)
-    (tmp_path / "train" / "b" / "0.png").unlink()
-    (tmp_path / "train" / "a" / "0.png").unlink()
-    with pytest.raises(DataError, match="b holds no image"):
-        data.load("image-folder", tmp_path)
-
-
 # --- fetch --------------------------------------------------------------------------------------
 
 
@@ -523,6 +446,9 @@ def test_bad_image_folders(tmp_path):
 def test_nothing_to_fetch(name):
     with pytest.raises(InputError, match=f"'{name}' needs no download"):
         data.fetch(name)
+    if name != "image-folder":
+        with pytest.raises(InputError, match=f"skip_unreadable is for image files .*not {name}"):
+            data.load(name, skip_unreadable=True)
 
 
 def test_fetch_returns_what_is_there(fashion, tmp_path):

@@ -241,6 +241,82 @@ def test_no_host_sync():
     shapes = [(b.x.shape, b.y.device.type, b.y_mix.shape) for b in loader.epoch(0)]
     assert shapes[0] == ((6, 3, 6, 5), "meta", (6,))
     assert len(shapes) == 3
+    twice = DeviceLoader(pictures(20), 8, device="meta", crop=2, views=2)
+    assert next(twice.epoch(0)).x.shape == (12, 3, 6, 5)
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(("crop", "flip"), [(2, True), (2, False), (0, True)])
+def test_the_augmentation_is_drawn_view_by_view(views, crop, flip):
+    """Against numpy and torchvision: which image, which crop, mirrored or not, in which order.
+
+    With one view these are the batches that the loader gave before it had views.
+    """
+    source, size, seed = pictures(23), 6, 4
+    loader = plain(source, crop=crop, flip=flip, views=views, seed=seed)
+    loader.batch_size = size
+    for epoch in (0, 2):
+        order = np.random.default_rng([seed, epoch, 0]).permutation(23)
+        ends = [23 * step // 4 for step in range(5)]
+        batches = list(loader.epoch(epoch))
+        assert len(batches) == 4
+        for step, batch in enumerate(batches):
+            chosen = order[ends[step] : ends[step + 1]]
+            rng = np.random.default_rng([seed, epoch, step + 1])
+            expected = []
+            for _ in range(views):
+                tops, lefts = rng.integers(0, 2 * crop + 1, (2, len(chosen)))
+                mirrored = rng.integers(0, 1 + flip, len(chosen))
+                for i, top, left, turn in zip(chosen, tops, lefts, mirrored):
+                    image = TF.crop(TF.pad(source.images[i], crop), top, left, 6, 5)
+                    expected.append(TF.hflip(image) if turn else image)
+            assert torch.equal(batch.x.round().byte(), torch.stack(expected))
+            assert batch.y.tolist() == source.labels[chosen].tolist() * views
+
+
+def test_the_first_view_is_the_batch_of_one_view_and_the_others_differ():
+    options = {"crop": 2, "flip": True, "seed": 3}
+    one, two = (DeviceLoader(pictures(40), 8, views=v, **options) for v in (1, 2))
+    assert len(one) == len(two)
+    for a, b in zip(one.epoch(1), two.epoch(1), strict=True):
+        assert torch.equal(a.x, b.x[:8])
+        assert torch.equal(b.y, a.y.repeat(2))
+        differing = (b.x[:8] != b.x[8:]).flatten(1).any(1)
+        assert differing.sum() >= 6  # one of 50 draws repeats the crop and the mirroring
+        assert (b.y_mix, b.lam, b.share) == (None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("n", [48, 50])  # even batches, and uneven slices
+def test_the_union_of_views_over_ranks_is_the_batch_of_one_process(world, n):
+    options = {"crop": 2, "flip": True, "views": 2}
+    single = list(DeviceLoader(pictures(n), 12, **options).epoch(3))
+    ranks = [
+        list(DeviceLoader(pictures(n), 12, rank=r, world=world, **options).epoch(3))
+        for r in range(world)
+    ]
+    for whole, *parts in zip(single, *ranks, strict=True):
+        halves = [[part.x.chunk(2)[v] for part in parts] for v in range(2)]
+        assert torch.equal(whole.x, torch.cat(halves[0] + halves[1]))
+        labels = [[part.y.chunk(2)[v] for part in parts] for v in range(2)]
+        assert torch.equal(whole.y, torch.cat(labels[0] + labels[1]))
+        weighted = torch.stack([p.share * p.x.double().mean() for p in parts]).mean()
+        torch.testing.assert_close(weighted, whole.x.double().mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_of_views_depends_on_seed_epoch_and_step_alone():
+    options = {"crop": 2, "flip": True, "views": 2, "seed": 5}
+    unbroken = {
+        (e, s): b
+        for e in range(2)
+        for s, b in enumerate(DeviceLoader(pictures(40), 8, **options).epoch(e))
+    }
+    fresh = DeviceLoader(pictures(40), 8, **options)
+    for e, s in [(1, 3), (0, 4), (1, 0)]:
+        assert all(same(unbroken[e, s + i], b) for i, b in enumerate(fresh.epoch(e, s)))
 
 
 # --- statistics and bad input -------------------------------------------------------------------
@@ -272,6 +348,10 @@ def test_channel_stats_equal_numpy():
         (40, {"batch_size": 8, "mixup": -0.1}, "mixup=-0.1"),
         (40, {"batch_size": 8, "mixup": float("nan")}, "mixup=nan"),
         (40, {"batch_size": 8, "flip": True, "train": False}, "need train=True"),
+        (40, {"batch_size": 8, "views": 2, "train": False}, "views and a sampler need train=True"),
+        (40, {"batch_size": 8, "views": 0}, "views must be at least 1"),
+        (40, {"batch_size": 8, "crop": 2, "views": 2, "mixup": 0.4}, "1 with mixup"),
+        (40, {"batch_size": 8, "views": 2}, "2 views without crop or flip are 2 copies"),
         (0, {"batch_size": 8, "train": False}, "at least one image"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ncmethods
-from ncmethods import cli, frames, heads, losses, metrics
+from ncmethods import cli, frames, heads, losses, metrics, ood
 from ncmethods.features import FeatureSet
 from ncmethods.stats import ClassStats
 
@@ -106,7 +106,7 @@ def front_matter(card: Path) -> list[str]:
 
 
 def methods() -> list[str]:
-    """What needs a card: frames, head builders, loss functions and recipes."""
+    """What needs a card: frames, head builders, loss functions, scorers and recipes."""
 
     def is_builder(f) -> bool:
         return inspect.isfunction(f) and list(inspect.signature(f).parameters)[:2] == [
@@ -114,9 +114,14 @@ def methods() -> list[str]:
             "num_classes",
         ]
 
+    def is_scorer(one) -> bool:
+        return inspect.isclass(one) and issubclass(one, ood.Scorer) and one is not ood.Scorer
+
     names = [f"frames.{n}" for n in frames.__all__]
     names += [f"heads.{n}" for n in heads.__all__ if is_builder(getattr(heads, n))]
     names += [f"losses.{n}" for n in losses.__all__ if inspect.isfunction(getattr(losses, n))]
+    names += [f"ood.{n}" for n, one in vars(ood).items() if n in ood.__all__ and is_scorer(one)]
+    names += ["ood.Threshold", "ood.benjamini_hochberg", "ood.Detector"]
     return names + [f"recipes.{p.stem}" for p in sorted((ROOT / "recipes").glob("[a-z]*.py"))]
 
 

@@ -14,13 +14,13 @@ def run(code):
 
 
 def test_importing_the_room_imports_neither():
-    heavy = "{'torchmetrics', 'lightning', 'pytorch_lightning', 'torch'}"
+    heavy = "{'torchmetrics', 'lightning', 'pytorch_lightning', 'pytorch_ood', 'torch'}"
     run(
         "import sys, ncmethods.integrations\n"
         f"assert not {heavy} & set(sys.modules)\n"
-        "assert ncmethods.integrations.__all__ == ['lightning', 'torchmetrics']\n"
+        "assert ncmethods.integrations.__all__ == ['lightning', 'pytorch_ood', 'torchmetrics']\n"
     )
-    with pytest.raises(AttributeError, match="adapters: lightning, torchmetrics"):
+    with pytest.raises(AttributeError, match="adapters: lightning, pytorch_ood, torchmetrics"):
         ncmethods.integrations.ignite  # noqa: B018
 
 

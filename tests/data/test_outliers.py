@@ -1,0 +1,51 @@
+"""Outliers: the shape that is asked for, seeded, and what their names promise."""
+
+import pytest
+import torch
+
+from ncmethods import data
+from ncmethods._core import InputError
+from ncmethods.data.outliers import PATTERNS, outliers
+
+SHAPES = [(1, 28, 28), (3, 32, 20)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*PATTERNS, "digits", "glyphs-mini"])
+def test_shape_dtype_and_seed(name, shape):
+    one, again, other = (outliers(name, shape, n=9, seed=s) for s in (0, 0, 1))
+    assert one.dtype == torch.uint8
+    assert one.shape == (9, *shape)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_what_the_patterns_are():
+    made = {name: outliers(name, (3, 24, 24), n=300).double() / 255 for name in PATTERNS}
+    assert made["uniform"].std() == pytest.approx(12**-0.5, abs=0.01)
+    assert made["gaussian"].mean() == pytest.approx(0.5, abs=0.01)
+    assert (made["flat"].flatten(1).std(1) == 0).all()
+    assert made["flat"].flatten(1).mean(1).std() > 0.2
+    waves = made["gratings"]
+    assert (waves[:, 0] == waves[:, 2]).all()
+    assert waves.mean() == pytest.approx(0.5, abs=0.03)
+    spectrum = torch.fft.rfft2(waves[:, 0] - waves[:, 0].mean((1, 2), keepdim=True)).abs()
+    assert (spectrum.flatten(1).amax(1) > 0.3 * spectrum.flatten(1).sum(1) / 24).all()
+
+
+def test_a_dataset_keeps_its_images():
+    whole = data.load("fashion-mini").test.images
+    got = outliers("fashion-mini", (1, 28, 28), n=10**6)
+    assert len(got) == len(whole)
+    assert sorted(map(int, got.long().sum((1, 2, 3)))) == sorted(
+        map(int, whole.long().sum((1, 2, 3)))
+    )
+    grey = outliers("digits", (3, 8, 8), n=5)
+    assert torch.equal(grey[:, 0], grey[:, 1])
+
+
+def test_bad_requests():
+    with pytest.raises(InputError, match="Did you mean 'gratings'"):
+        outliers("grating", (1, 8, 8))
+    with pytest.raises(InputError, match="at least 1"):
+        outliers("flat", (1, 8, 8), n=0)
