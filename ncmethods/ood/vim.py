@@ -97,7 +97,7 @@ class ViM(Residual):
     """
 
     needs: ClassVar = frozenset({"features", "logits"})
-    alpha: float
+    alpha: Tensor  # [], float64
 
     @classmethod
     def fit(cls, train: Train, head: nn.Module | None = None, *, rank: int | None = None) -> ViM:
@@ -115,11 +115,11 @@ class ViM(Residual):
             for x in torch.split(data.features, _CHUNK):
                 total += float(outside.residual(x).double().sum())
         alpha = top / (max(total / len(data), _FLOOR * length) or 1.0)
-        return cls(head, **space, alpha=alpha)
+        return cls(head, **space, alpha=torch.tensor(alpha, dtype=torch.float64))
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Virtual logits less the log-sum-exp of the others [N]."""
-        return self.alpha * self.residual(features) - logits.logsumexp(1)
+        return self.alpha.to(features.dtype) * self.residual(features) - logits.logsumexp(1)
 
 
 def origin(head: nn.Module | None, name: str, dim: int) -> Tensor:

@@ -91,21 +91,14 @@ def test_no_scorer_is_missing():
     assert exported() <= CLASSES
 
 
-def marked(name, *more):
-    marks = ()
-    if name == "ViM":
-        marks = pytest.mark.xfail(reason="α is fitted and not in the state_dict", strict=True)
-    return pytest.param(name, *more, marks=marks, id="-".join((name, *(m.__name__ for m in more))))
-
-
-@pytest.mark.parametrize(("name", "head"), [marked(n, h) for n in SCORERS for h in (linear, etf)])
+@pytest.mark.parametrize(("name", "head"), [(n, h) for n in SCORERS for h in (linear, etf)])
 def test_scorer_conforms(name, head):
     multiset, compiler = name.split("-")[0] not in COUNTING, "eager" if head is linear else None
     check_scorer(SCORERS[name], head(), multiset=multiset, compiler=compiler)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [marked(n) for n in SCORERS])
+@pytest.mark.parametrize("name", SCORERS)
 def test_scorer_compiles_to_machine_code(name):
     multiset = name.split("-")[0] not in COUNTING
     check_scorer(SCORERS[name], multiset=multiset, compiler="inductor")
