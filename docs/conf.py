@@ -30,6 +30,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|numpy|np|pathlib|collections|typing|matplotlib|wandb|dist|os)\b.*"),
     (r"py:.*", r"(Tensor|dtype|device|Generator|Module|Path|PathLike|Figure|Callable|Mapping)"),
     (r"py:.*", r"(Sequence|Iterable|Iterator|NDArray|Any|Optimizer|ProcessGroup|optional)"),
+    (r"py:class", r"ncmethods\.ood\._scorer\.S"),  # a type variable
     (r"py:class", r"(HeadLike|Images|Indices|Rows?|dict\[str|ncmethods\._core\.Found)"),
 ]
 

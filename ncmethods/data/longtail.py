@@ -291,8 +291,8 @@ class TailConfig:
     root: Path | None = None
     """Where the files are, if not in the usual places."""
     size: int | None = None
-    """Resize images to this many pixels; None takes the dataset's size (image-folder: the median
-    short side, at most 64; published lists: 224)."""
+    """Resize images to this many pixels. None takes the dataset's size, of an image-folder the
+    median short side, at most 64, of published lists 224."""
     skip_unreadable: bool = False
     """Leave out image files that cannot be read; else they are an error."""
     seed: int | None = None

@@ -52,7 +52,8 @@ def signed_nc1(
         else:
             apart = ~torch.eye(len(V), dtype=torch.bool, device=V.device)
             pair = batch.present[:, None] & batch.present & apart
-            floor = (least.eps * total.detach()).clamp(min=least.tiny)  # means that coincide
+            smallest = max(1, len(V)) * least.tiny  # a row of its inverses has a finite sum
+            floor = (least.eps * total.detach()).clamp(min=smallest)  # means that coincide
             near = torch.where(pair, 1 / _squared_distances(M).to(V.dtype).maximum(floor), 0.0)
             value = (V * near.sum(1)).sum() / pair.sum().clamp(min=1)
         value = torch.where(enough, value, 0 * value)

@@ -121,7 +121,7 @@ class Threshold(nn.Module):
 
     @property
     def value(self) -> Tensor:
-        """Largest score of each group that is not flagged, [G]: flagged is what lies above."""
+        """Largest score of each group that is not flagged [G]. What lies above is flagged."""
         last = self.sizes.cumsum(0) - _flaggable(self.sizes, self.alpha)
         return self.levels[self.keys[last] % (len(self.levels) + 1)]
 

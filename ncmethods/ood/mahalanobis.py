@@ -143,7 +143,7 @@ class RelativeMahalanobis(Mahalanobis):
     min_c (h − μ_c)ᵀ Σ_W⁻¹ (h − μ_c) − (h − μ)ᵀ Σ_T⁻¹ (h − μ): directions in which all features
     vary alike say nothing about classes and cancel. It can be negative.
 
-    Fitted from moments; hyperparameters and :meth:`leave_one_out` as in :class:`Mahalanobis`.
+    Fitted from moments; hyperparameters and ``leave_one_out`` as in :class:`Mahalanobis`.
 
     References:
         Ren et al., arXiv:2106.09022.

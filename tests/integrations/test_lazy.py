@@ -27,7 +27,7 @@ def test_importing_the_room_imports_neither():
 def test_a_missing_package_is_named():
     run(
         "import sys\n"
-        "for name in ('torchmetrics', 'lightning.pytorch', 'pytorch_lightning'):\n"
+        "for name in ('torchmetrics', 'lightning.pytorch', 'pytorch_lightning', 'pytorch_ood'):\n"
         "    sys.modules[name] = None\n"
         "import ncmethods.integrations as room\n"
         "for name in room.__all__:\n"

@@ -48,7 +48,7 @@ def test_every_method_gives_a_finite_table(tmp_path, monkeypatch):
 def test_pages_and_the_rates_that_were_tried(tmp_path):
     main(tmp_path, ("linear", "guided"), lrs=(0.1, 0.2))
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 3 + 2 * 3
+    assert page.count("<img") == 4 + 2 * 3
     assert page.count("Differences to the first method, paired by seed") == 1
     assert {p.name for p in (tmp_path / "tuning/guided").iterdir()} == {"lr=0.1", "lr=0.2"}
     assert (tmp_path / "guided/seed0/report.html").exists()

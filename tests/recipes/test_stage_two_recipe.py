@@ -297,7 +297,7 @@ def test_on_the_command_line(runs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "post-hoc seed 0: accuracy" in said
     assert f"report: {tmp_path / 'report.html'}" in said
-    assert (tmp_path / "report.html").read_text().count("<img") == 3 + 3 * 2
+    assert (tmp_path / "report.html").read_text().count("<img") == 4 + 3 * 2
     with pytest.raises(SystemExit):
         cli.main(["stage-two", "--help"])
     assert "RUN [RUN ...]" in capsys.readouterr().out
