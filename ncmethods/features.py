@@ -91,6 +91,11 @@ class FeatureSet:
             raise InputError("A FeatureSet without labels has no class statistics. Pass labels.")
         return ClassStats(self.num_classes, self.dim).update(self.features, self.labels)
 
+    def subset(self, rows: Tensor) -> FeatureSet:
+        """The samples at ``rows``: indices, or a mask [N]."""
+        picked = [None if t is None else t[rows] for t in (self.labels, self.logits)]
+        return FeatureSet(self.features[rows], picked[0], self.num_classes, picked[1])
+
     @cached_property
     def frozen(self) -> FrozenStats:
         """``stats.freeze()``, computed once: what scorers and scores are fitted from."""

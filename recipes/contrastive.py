@@ -28,7 +28,16 @@ from torch.nn import functional as F
 from ncmethods import data, frames, losses, viz
 from ncmethods.stats import frequency_groups
 from ncmethods.tracking import read_rows
-from ncmethods.training import Job, Method, TrainConfig, grid, jobs_of, process, stage_two, sweep
+from ncmethods.training import (
+    Method,
+    TrainConfig,
+    balanced_control,
+    grid,
+    jobs_of,
+    process,
+    stage_two,
+    sweep,
+)
 from ncmethods.training.cached import CachedRun
 from ncmethods.training.sweep import Runs
 
@@ -149,7 +158,6 @@ METHODS = {
     "tsc": Method("linear", TSC),
 }
 TWO_STAGES = ("ce", "supcon", "kcl", "tsc")
-CONTROL = "ce-balanced-control"
 
 
 @dataclass(frozen=True)
@@ -198,10 +206,7 @@ def main(config: Contrastive) -> None:
     load = cache(data.TailConfig.load)
     train = load(jobs[0].data[0]).train
     if config.control:
-        each = len(train) // train.num_classes
-        even = [replace(tail, profile="balanced", n_max=each) for tail in jobs[0].data]
-        load(even[0])  # or says now that the data cannot be balanced
-        jobs.append(Job(CONTROL, METHODS["ce"], even))
+        jobs.append(balanced_control(METHODS["ce"], jobs[0], load))
     uneven = config.train.sampling == "instance"  # another sampling corrects for the prior already
     with process(config.train.device) as here:
         trained = sweep(

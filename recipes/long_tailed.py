@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ncmethods import data, losses, viz
 from ncmethods.stats import frequency_groups
-from ncmethods.training import Job, Method, TrainConfig, grid, jobs_of, sweep
+from ncmethods.training import Method, TrainConfig, balanced_control, grid, jobs_of, sweep
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +108,6 @@ METHODS = {
     "etf-dr": Method("etf_head", partial(losses.dot_regression, balance="none")),
     "etf-dr-balanced": Method("etf_head", partial(losses.dot_regression, balance="batch")),
 }
-CONTROL = "ce-balanced-control"
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,7 @@ def main(config: LongTailed) -> None:
     train = load(jobs[0].data[0]).train
     groups = frequency_groups(data.class_counts(train), config.data.groups)
     if config.control:
-        each = len(train) // train.num_classes
-        even = [replace(tail, profile="balanced", n_max=each) for tail in jobs[0].data]
-        load(even[0])  # or says now that the data cannot be balanced
-        jobs.append(Job(CONTROL, METHODS["ce"], even))
+        jobs.append(balanced_control(METHODS["ce"], jobs[0], load))
     runs = sweep(
         jobs,
         config.seeds,

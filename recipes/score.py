@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ncmethods import ood, training, viz
 from ncmethods._core import InputError, check_choice
-from ncmethods.data.folders import images_below, read_square
+from ncmethods.data.folders import images_below, read_square, reason
 from ncmethods.training import CachedRun
 
 Row = dict[str, Any]
@@ -109,8 +109,7 @@ def rows_of(judge: ood.Detector, paths: Sequence[str], pool: ThreadPoolExecutor)
         try:
             return read_square(path, (C, H, W))
         except Exception as error:  # damaged files make Pillow raise nearly anything
-            said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return " ".join(said.split())
+            return " ".join(reason(error).split())
 
     found = list(pool.map(read, paths))
     good = [i for i, image in enumerate(found) if isinstance(image, Tensor)]

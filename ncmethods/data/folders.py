@@ -440,8 +440,7 @@ def _decoded(name: str, paths: Sequence[str], size: int) -> tuple[Tensor, dict[i
             try:
                 rows[i], grey = _square(paths[i], size, size)
             except Exception as error:  # damaged files make Pillow raise nearly anything
-                said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                failed[i] = said.replace(f" {paths[i]!r}", "")
+                failed[i] = reason(error).replace(f" {paths[i]!r}", "")
                 continue
             if not grey:
                 coloured.add(i)
@@ -489,6 +488,11 @@ def read_square(path: str, shape: tuple[int, int, int]) -> Tensor:
     return (image * luma).sum(0, keepdim=True).round().to(torch.uint8)
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in the words of what raised."""
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+
+
 def images_below(folder: Path) -> list[str]:
     """Image files anywhere below ``folder``, in order; hidden ones are left out.
 
@@ -503,9 +507,8 @@ def _square(path: str, width: int, height: int) -> tuple[Array, bool]:
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        file.draft(
-            None, (2 * width, 2 * height)
-        )  # a large JPEG is decoded at a fraction of its size
+        # A large JPEG is decoded at a fraction of its size.
+        file.draft(None, (2 * width, 2 * height))
         ImageOps.exif_transpose(file, in_place=True)
         image: Any = file
         if image.mode == "P":  # a palette, perhaps with transparency

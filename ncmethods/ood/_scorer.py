@@ -248,13 +248,7 @@ def samples(train: Train, name: str) -> FeatureSet:
         )
     keep = torch.ones(len(train), dtype=torch.bool) if train.labels is None else train.labels >= 0
     if not bool(keep.all()):
-        logits, labels = train.logits, train.labels
-        train = FeatureSet(
-            train.features[keep],
-            None if labels is None else labels[keep],
-            train.num_classes,
-            None if logits is None else logits[keep],
-        )
+        train = train.subset(keep)
     if not len(train):
         raise InputError(f"{name} needs at least one training sample, got none.")
     bad = int((~train.features.isfinite().all(1)).sum())
@@ -296,6 +290,14 @@ def linear_rows(head: nn.Module | None, name: str, dim: int) -> tuple[Tensor, Te
             "features those that the head acts on?"
         )
     return W, W.new_zeros(len(W)) if b is None else b.detach().double()
+
+
+def from_nearest(z: Tensor, means: Tensor) -> Tensor:
+    """Z − m of the nearest of ``means`` [K, d] to each row of ``z`` [N, d], [N, d].
+
+    A difference, since the products that find the mean lose digits in collapse.
+    """
+    return z - means[(means.square().sum(1) - 2 * (z @ means.T)).argmin(1)]
 
 
 def head_logits(head: nn.Module, features: Tensor) -> Tensor:

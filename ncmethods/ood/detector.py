@@ -190,7 +190,7 @@ class Detector(nn.Module):
             )
         if data.labels is not None and bool((data.labels < 0).any()):
             keep = data.labels >= 0
-            data = FeatureSet(data.features[keep], None, data.num_classes, data.logits[keep])
+            data = data.subset(keep)
         self._warn_of_overlap(data.features)
         score, label = self._judge(data)
         K = self.num_classes

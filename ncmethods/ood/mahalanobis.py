@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncmethods._core import InputError
-from ncmethods.ood._scorer import Scorer, Train, moments, samples, unit_features
+from ncmethods.ood._scorer import Scorer, Train, from_nearest, moments, samples, unit_features
 from ncmethods.stats import FrozenStats
 
 __all__ = ["Mahalanobis", "RelativeMahalanobis"]
@@ -68,10 +68,7 @@ class Mahalanobis(Scorer):
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Squared distances [N] to the nearest class mean."""
         x = self._centred(features)
-        z, means = x @ self.factor.to(x.dtype), self.whitened.to(x.dtype)
-        nearest = (means.square().sum(1) - 2 * (z @ means.T)).argmin(1)
-        # The distance itself from a difference: the product above loses digits in collapse.
-        return (z - means[nearest]).square().sum(1)
+        return from_nearest(x @ self.factor.to(x.dtype), self.whitened.to(x.dtype)).square().sum(1)
 
     def _centred(self, features: Tensor) -> Tensor:
         x = F.normalize(features, dim=1) if self.normalize else features

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ncmethods._core import InputError
 from ncmethods._linalg import truncated_svd
-from ncmethods.ood._scorer import Scorer, Train, moments
+from ncmethods.ood._scorer import Scorer, Train, from_nearest, moments
 
 __all__ = ["WDiscOOD"]
 
@@ -89,7 +89,6 @@ class WDiscOOD(Scorer):
         x = (x - self.center).to(x.dtype)
         z, means = x @ self.factor.to(x.dtype), self.discriminants.to(x.dtype)
         inside, outside = z[:, : means.shape[1]], z[:, means.shape[1] :]
-        nearest = (means.square().sum(1) - 2 * (inside @ means.T)).argmin(1)
-        near: Tensor = torch.linalg.vector_norm(inside - means[nearest], dim=1)
+        near: Tensor = torch.linalg.vector_norm(from_nearest(inside, means), dim=1)
         far: Tensor = torch.linalg.vector_norm(outside, dim=1)
         return near + self.residual_weight * far

@@ -21,7 +21,7 @@ from ncmethods.training.stage_two import (
     unit_features,
     weight_balancing,
 )
-from ncmethods.training.sweep import Job, Method, grid, jobs_of, sweep, tune
+from ncmethods.training.sweep import Job, Method, balanced_control, grid, jobs_of, sweep, tune
 
 __all__ = [
     "CachedRun",
@@ -34,6 +34,7 @@ __all__ = [
     "Process",
     "Run",
     "TrainConfig",
+    "balanced_control",
     "build_model",
     "crt",
     "evaluate",

@@ -156,15 +156,7 @@ class CachedRun:
         if unseen is not None:
             return unseen, test, ""
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.seed))
-        held_out, rest = (
-            replace(
-                test,
-                features=test.features[rows],
-                labels=None if test.labels is None else test.labels[rows],
-                logits=None if test.logits is None else test.logits[rows],
-            )
-            for rows in order.chunk(2)
-        )
+        held_out, rest = (test.subset(rows) for rows in order.chunk(2))
         return held_out, rest, "half of the test images calibrate, the others test"
 
     def _extract(self, split: str, path: Path) -> FeatureSet:
@@ -258,9 +250,8 @@ class CachedRun:
         record = json.dumps(self._record(name, settings), indent=1)
         write_text(place / "config.json", record + "\n")
         whole = {"epoch": self.config["train"]["epochs"], **row, **(extra or {})}
-        write_text(
-            place / "metrics.jsonl", json.dumps(_finite(whole)) + "\n"
-        )  # the last file: now it is finished
+        # The last file: now it is finished.
+        write_text(place / "metrics.jsonl", json.dumps(_finite(whole)) + "\n")
         return _rows(place / "metrics.jsonl")
 
     @property

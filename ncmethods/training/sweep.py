@@ -18,7 +18,19 @@ from ncmethods.training.config import ModelConfig, TrainConfig, build_model
 from ncmethods.training.distributed import Process, process
 from ncmethods.training.loop import Draw, NonFiniteLoss, fit
 
-__all__ = ["Job", "Method", "Runs", "grid", "jobs_of", "sweep", "tune"]
+__all__ = [
+    "Job",
+    "Method",
+    "Runs",
+    "balanced_control",
+    "grid",
+    "jobs_of",
+    "sweep",
+    "tune",
+]
+
+CONTROL = "ce-balanced-control"
+"""Name of the line that :func:`balanced_control` adds."""
 
 Runs = dict[str, list[tuple[Path, list[dict[str, Any]]]]]
 """Method → its run directories, one per seed, each with the rows of its metrics.jsonl."""
@@ -68,6 +80,19 @@ def jobs_of(
         check_choice(name, methods, "method")
     drawn = [data.drawn(seed) for seed in seeds]
     return [Job(name, methods[name], drawn) for name in names]
+
+
+def balanced_control(method: Method, job: Job, load: Callable[[TailConfig], Splits]) -> Job:
+    """``method`` on as many images as ``job`` has, balanced: what imbalance alone costs.
+
+    Raises:
+        InputError: data that cannot be balanced.
+    """
+    train = load(job.data[0]).train
+    each = len(train) // train.num_classes
+    even = [replace(tail, profile="balanced", n_max=each) for tail in job.data]
+    load(even[0])  # or says now that it cannot
+    return Job(CONTROL, method, even)
 
 
 def grid(config: TrainConfig, **values: Sequence[Any]) -> list[TrainConfig]:
@@ -192,10 +217,8 @@ def tune(
     from safetensors.torch import load_file
 
     if splits.validation is None:
-        parts, data = (
-            hold_out(splits.train, splits.name, seed=seed),
-            {**(data or {}), "held_out": seed},
-        )
+        parts = hold_out(splits.train, splits.name, seed=seed)
+        data = {**(data or {}), "held_out": seed}
     else:
         parts = Splits(splits.train, splits.validation, splits.name)
     accuracies = {}

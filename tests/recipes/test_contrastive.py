@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ncmethods import cli, data, losses
 from ncmethods._core import InputError
 from ncmethods.training import TrainConfig, load_run
+from ncmethods.training.sweep import CONTROL
 from ncmethods.viz import ACCURACY, GEOMETRY
 
 recipe = cli.load_recipe("contrastive")
@@ -209,7 +210,7 @@ def everything(tmp_path_factory):
 def test_every_method_both_stages_and_the_control_give_finite_tables(everything):
     accuracy, geometry, differences = tables((everything / "table.md").read_text())
     again = {name: [name, f"{name}-crt"] for name in recipe.TWO_STAGES}
-    names = [n for name in recipe.METHODS for n in again.get(name, [name])] + [recipe.CONTROL]
+    names = [n for name in recipe.METHODS for n in again.get(name, [name])] + [CONTROL]
     assert list(accuracy) == list(geometry) == names
     assert list(differences) == names[1:]
     assert list(accuracy["bcl"]) == list(ACCURACY)
@@ -221,10 +222,10 @@ def test_every_method_both_stages_and_the_control_give_finite_tables(everything)
     assert all((everything / name / "seed0/weights.safetensors").exists() for name in names)
     counts = {
         name: json.loads((everything / name / "seed0/config.json").read_text())["data"]["counts"]
-        for name in ("bcl", recipe.CONTROL)
+        for name in ("bcl", CONTROL)
     }
-    assert len(set(counts[recipe.CONTROL])) == 1
-    assert 0 <= sum(counts["bcl"]) - sum(counts[recipe.CONTROL]) < 10
+    assert len(set(counts[CONTROL])) == 1
+    assert 0 <= sum(counts["bcl"]) - sum(counts[CONTROL]) < 10
 
 
 @pytest.mark.parametrize("name", recipe.TWO_STAGES)

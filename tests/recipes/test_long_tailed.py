@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ncmethods import cli, data, losses
 from ncmethods.training import TrainConfig
+from ncmethods.training.sweep import CONTROL
 from ncmethods.viz import ACCURACY, GEOMETRY
 
 long_tailed = cli.load_recipe("long_tailed")
@@ -79,7 +80,7 @@ def two_seeds(tmp_path_factory):
 
 def test_every_method_and_the_control_give_finite_tables(everything):
     accuracy, geometry, *_ = table((everything / "table.md").read_text())
-    names = [*long_tailed.METHODS, long_tailed.CONTROL]
+    names = [*long_tailed.METHODS, CONTROL]
     assert list(accuracy) == list(geometry) == names
     assert list(accuracy["ce"]) == list(ACCURACY)
     assert list(geometry["ce"]) == list(GEOMETRY)
@@ -115,7 +116,7 @@ def test_fixed_rows_stay_where_the_head_put_them(everything):
 
 
 def test_the_control_has_as_many_images(everything):
-    config = json.loads((everything / long_tailed.CONTROL / "seed0/config.json").read_text())
+    config = json.loads((everything / CONTROL / "seed0/config.json").read_text())
     tail = json.loads((everything / "ce/seed0/config.json").read_text())
     counts = config["data"]["counts"]
     assert len(set(counts)) == 1
