@@ -1,7 +1,8 @@
 """Adapters for other libraries, each imported on first use.
 
-``integrations.torchmetrics.CollapseMetric``, ``integrations.lightning.CollapseCallback`` and
-``integrations.pytorch_ood.as_pytorch_ood``.
+``integrations.torchmetrics.CollapseMetric``, ``integrations.lightning.CollapseCallback``,
+``integrations.pytorch_ood.detectors``, ``integrations.openood.Postprocessor`` and
+``integrations.sklearn.OutlierDetector``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["lightning", "pytorch_ood", "torchmetrics"]
+__all__ = ["lightning", "openood", "pytorch_ood", "sklearn", "torchmetrics"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,10 +1,10 @@
-"""The snippets of the design that belong to the foundation, as they stand."""
+"""The snippets of the design, as they stand."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ncmethods import heads, losses, metrics
+from ncmethods import heads, losses, metrics, ood
 from ncmethods.features import FeatureSet, accumulate, capture, extract
 from ncmethods.stats import ClassStats
 
@@ -62,9 +62,27 @@ def test_1b_and_2_features_and_logits_then_measure(x, y):
     torch.testing.assert_close(total.means, stats.means, equal_nan=True)
 
 
-def test_3_first_line(x, y):
+@pytest.mark.filterwarnings("ignore:Classes .* single sample")
+def test_3_score_out_of_distribution_inputs(x, y):
     model = heads.Classifier.from_model(torchvision.models.resnet18(), head=heads.etf_head(512, 10))
-    train = extract(model, [(x, y)], num_classes=10)
+    train_loader = [(x, y), (torch.randn(4, 3, 32, 32), y)]
+    id_features, ood_features, held_out_features = (torch.randn(n, 512) for n in (50, 30, 40))
+
+    train = extract(model, train_loader, num_classes=10)
     assert isinstance(train, FeatureSet)
-    moments = accumulate(model, [(x, y)], num_classes=10)
+    moments = accumulate(model, train_loader, num_classes=10)  # bounded memory
     torch.testing.assert_close(train.stats.within, moments.within, rtol=0, atol=0)
+
+    scorer = ood.NECO.fit(train, head=model.head)
+    s_id, s_ood = scorer(id_features), scorer(ood_features)
+    area, rate = ood.auroc(s_id, s_ood), ood.fpr95(s_id, s_ood, positive="ood")
+    assert 0 <= area <= 1
+    assert 0 <= rate <= 1
+    flag = ood.Threshold.fit(scorer(held_out_features), alpha=0.05)
+    p, flagged = flag.p_value(s_ood), flag(s_ood)
+    assert p.shape == flagged.shape == (30,)
+    assert flagged.dtype == torch.bool
+    torch.testing.assert_close(flagged, p <= 0.05)
+
+    again = ood.NECO.fit(moments, head=model.head)  # the type of `train` says that moments will do
+    torch.testing.assert_close(again(ood_features), s_ood)
