@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ncmethods._core import InputError
-from ncmethods._linalg import spd_factor
+from ncmethods._linalg import cholesky, spd_factor, truncated_svd
 
 if TYPE_CHECKING:
     from ncmethods.stats import ClassStats
@@ -21,6 +22,14 @@ class FrozenStats:
 
     Every scorer and score that is fitted from one FrozenStats shares its decompositions. All
     tensors are float64 copies; what happens to the statistic afterwards does not reach them.
+
+    Of the principal spaces, those of one matrix are decomposed once: Σ_T serves ``leading``,
+    ``principal`` and NECO with ``scale=False`` for every rank; E[(h − u)(h − u)ᵀ], u = −W⁺b, serves
+    Residual and ViM; the correlations serve NECO as it is by default. These three have different
+    eigenvectors. The second differs from Σ_T by a matrix of rank one, but an update of the
+    eigenvectors (secular equation, then a product of [D, D]) took longer than the decomposition
+    at D = 512 and D = 2048 when it was tried, and must deflate by hand where eigenvalues repeat, so
+    there is none. The third is D^−½ Σ_T D^−½ for a diagonal D: no update leads there.
 
     Args:
         stats: what to freeze; one with samples.
@@ -33,6 +42,8 @@ class FrozenStats:
         self.mean = stats.global_mean("sample")  # [D]
         self._within = stats.within if stats.scatter else None
         self._weight = stats.class_weight
+        self._variances = None if stats._squares is None else stats.variances
+        self._fourth = None if stats._quartic is None else stats.fourth
         self._cache: dict[Any, Any] = {}
 
     @property
@@ -70,6 +81,39 @@ class FrozenStats:
         M = (self.means - self.mean)[self.active]
         return self.sigma_w + M.T * (self.counts[self.active].double() / self.N) @ M
 
+    @property
+    def variances(self) -> Tensor:
+        """Variances of each class along each dimension, over n_c, [K, D]; NaN without samples.
+
+        Raises:
+            InputError: the statistic was kept without them.
+        """
+        if self._variances is None:
+            raise InputError(
+                "This needs the variances of each class [K, D], which these moments do not hold: "
+                "build the statistic as ClassStats(..., variances=True), or pass samples."
+            )
+        return self._variances
+
+    @property
+    def fourth(self) -> Tensor:
+        """Σ_i ‖x_i − μ‖⁴ about the mean of the samples, [].
+
+        Raises:
+            InputError: the statistic was kept without it.
+        """
+        if self._fourth is None:
+            raise InputError(
+                "Ledoit–Wolf shrinkage needs a fourth moment, which these moments do not hold: "
+                "build the statistic as ClassStats(..., shrinkage=True), or pass samples."
+            )
+        return self._fourth
+
+    @property
+    def center(self) -> Tensor:
+        """The mean rounded to float32, [D]: features less it are differences in float32 too."""
+        return self.mean.float().double()
+
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, computed once for each ``key``."""
         if key not in self._cache:
@@ -97,6 +141,60 @@ class FrozenStats:
 
         F: Tensor = self.cached((kind, shrinkage), make)
         return F
+
+    def relative_whiteners(self, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
+        """F and G [D, r] with ‖zF‖² − ‖zG‖² = zᵀΣ_W⁻¹z − zᵀΣ_T⁻¹z for every z.
+
+        Outside the span of the whitened class means the two forms agree. Where both covariances
+        are safely invertible and not shrunk, those directions are left out: r is the dimension of
+        that span, and the columns belong to it.
+
+        Args:
+            shrinkage: as in :meth:`whitener`.
+        """
+        F = self.whitener("within", shrinkage)
+
+        def make() -> tuple[Tensor, Tensor]:
+            size = float(self.sigma_t.diagonal().max())
+            both = (self.sigma_w, self.sigma_t)
+            if shrinkage or any(cholesky(sigma, size) is None for sigma in both):
+                return F, self.whitener("total", shrinkage)
+            share = (self.counts[self.active].double() / self.N).sqrt()[:, None]
+            means = self.means[self.active]
+            M = share * (means - self.mean) @ F  # FᵀΣ_TF = I + MᵀM
+            size = float(torch.linalg.vector_norm(share * means @ F, dim=1).amax())
+            S, V = truncated_svd(M, min(max(len(M) - 1, 1), self.dim), size)
+            inside = F @ V.T
+            return inside, inside / (1 + S.square()).sqrt()
+
+        pair: tuple[Tensor, Tensor] = self.cached(("relative", shrinkage), make)
+        return pair
+
+    def leading(self, rank: int) -> Tensor:
+        """The ``rank`` leading principal directions [D, rank]: of Σ_T, orthonormal columns.
+
+        The largest entry of each is positive, as in scikit-learn's PCA.
+        """
+        _, vectors = self.second_moment_eigh(self.mean)
+        V = vectors[:, -rank:].flip(1)
+        return V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
+
+    def principal(self, rank: int) -> FrozenStats:
+        """The moments of the ``rank`` leading principal coordinates, centred."""
+
+        def make() -> FrozenStats:
+            V, view = self.leading(rank), copy.copy(self)
+            for name in ("sigma_w", "sigma_t"):
+                view.__dict__.pop(name, None)
+            view.dim, view._cache = rank, {}
+            view.means, view.mean = (self.means - self.mean) @ V, self.mean.new_zeros(rank)
+            view._within = V.T @ self.within @ V
+            view.trace = view.trace * torch.nan  # not a function of the moments
+            view._variances = view._fourth = None  # nor are these
+            return view
+
+        made: FrozenStats = self.cached(("principal", rank), make)
+        return made
 
     def second_moment_eigh(self, about: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues [D], ascending, and vectors [D, D] of E[(h − about)(h − about)ᵀ]."""

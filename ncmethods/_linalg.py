@@ -37,12 +37,15 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return S[:rank], Vh[:rank]
 
 
-def cholesky(sigma: Tensor) -> Tensor | None:
-    """Lower Cholesky factor of a safely positive definite matrix, or None."""
+def cholesky(sigma: Tensor, size: float = 0.0) -> Tensor | None:
+    """Lower Cholesky factor of a safely positive definite matrix, or None.
+
+    None too where the matrix vanishes beside ``size``, the scale of the data.
+    """
     L, info = torch.linalg.cholesky_ex(sigma)
     pivots = L.diagonal().square()
     safe = int(info) == 0 and float(pivots.min()) > _SAFE * float(pivots.max())
-    return L if safe else None
+    return L if safe and float(pivots.max()) > _SAFE**2 * size else None
 
 
 def trace_pinv_product(sigma: Tensor, rows: Tensor, rank: int | None = None) -> Tensor:
@@ -66,8 +69,8 @@ def spd_factor(sigma: Tensor, size: float = 0.0) -> Tensor:
     Eigenvalues under 1e-8 of the largest are raised to that. Where Σ vanishes beside ``size``, the
     scale of the data, 1e-16 of ``size`` takes the place of the largest, and 1 where that is 0 too.
     """
-    L = cholesky(sigma)
-    if L is not None and float(L.diagonal().square().max()) > _SAFE**2 * size:
+    L = cholesky(sigma, size)
+    if L is not None:
         inverse: Tensor = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
         return inverse.T
     values, vectors = torch.linalg.eigh(sigma)

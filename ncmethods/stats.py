@@ -1,8 +1,9 @@
 """ClassStats: the class-conditional moments that the rest of the library reads.
 
-Counts, class means, pooled within-class scatter and per-class traces are updated batch by batch,
-merged with ``+``, reduced with ``-``, and summed across ranks with ``all_reduce``. The memory
-does not depend on the number of samples.
+Counts, class means, pooled within-class scatter and per-class traces (when asked for, also class
+variances and the sums for Ledoit–Wolf shrinkage) are updated batch by batch, merged with ``+``,
+reduced with ``-``, and summed across ranks with ``all_reduce``. The memory does not depend on the
+number of samples.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class ClassStats(nn.Module):
             stay unweighted). A pooled scatter cannot be re-weighted later.
         normalized: whether the features were scaled to unit norm; differing values do not mix.
         layer: name of the layer the features come from; differing names do not mix.
+        variances: keep the variances of each class [K, D] too, for diagonal Gaussians (GBC, FaCe).
+        shrinkage: keep what Ledoit–Wolf shrinkage needs too, ``fourth``: a number and a vector
+            [D]. Needs the plain scatter.
         groups: G ≥ 2 deals the samples of each class out to G sub-statistics (``parts``) that sum
             to the whole, for the standard errors of ``metrics.jackknife``. Costs G times the memory
             and one host sync per chunk of 4096 rows.
@@ -84,6 +88,10 @@ class ClassStats(nn.Module):
     _means: Tensor
     _trace: Tensor
     _within: Tensor | None
+    _squares: Tensor | None
+    _pivot: Tensor | None
+    _quartic: Tensor | None
+    _cubic: Tensor | None
     _rejected: Tensor
     _class_weight: Tensor | None
 
@@ -97,6 +105,8 @@ class ClassStats(nn.Module):
         class_weight: Tensor | Sequence[float] | None = None,
         normalized: bool = False,
         layer: str = "",
+        variances: bool = False,
+        shrinkage: bool = False,
         groups: int = 0,
     ) -> None:
         super().__init__()
@@ -110,6 +120,15 @@ class ClassStats(nn.Module):
         self.register_buffer("_means", torch.zeros(K, D, dtype=f64))
         self.register_buffer("_trace", torch.zeros(K, dtype=f64))
         self.register_buffer("_within", torch.zeros(D, D, dtype=f64) if scatter else None)
+        self.register_buffer("_squares", torch.zeros(K, D, dtype=f64) if variances else None)
+        if shrinkage and (not scatter or class_weight is not None):
+            raise InputError(
+                "shrinkage=True needs the plain scatter [D, D]: build ClassStats with scatter=True "
+                "and without class_weight."
+            )
+        # Σ‖u‖⁴ [] and Σ‖u‖²u [D] of u = x − pivot, which is the mean of the first samples.
+        for name, size in (("_pivot", (D,)), ("_quartic", ()), ("_cubic", (D,))):
+            self.register_buffer(name, torch.zeros(size, dtype=f64) if shrinkage else None)
         self.register_buffer("_rejected", torch.zeros(3, dtype=torch.int64))
         if class_weight is not None:
             class_weight = check_counts(torch.as_tensor(class_weight, dtype=f64), K).clone()
@@ -209,6 +228,7 @@ class ClassStats(nn.Module):
         known = (y >= 0) & (y < K)
         valid = known & finite
         self._rejected += torch.stack(((y < 0).sum(), (y >= K).sum(), (known & ~finite).sum()))
+        self._add_fourth(x, valid)
 
         # Slots: one per class, or one per row where classes outnumber rows (a class then lives in
         # the slot of its first row). One more slot takes the rows that do not count.
@@ -253,10 +273,46 @@ class ClassStats(nn.Module):
             self._means.index_add_(0, cls, step)
             self._counts.index_add_(0, cls, n_b)
         self._trace.index_add_(0, y, torch.linalg.vector_norm(z, dim=1).double().square_())
+        if self._squares is not None:
+            self._squares.index_add_(0, y, z.double().square())
         if self._within is not None:
             if self._class_weight is not None:
                 z *= self._class_weight.sqrt().to(z.dtype)[y][:, None]
             self._add_scatter(z)
+
+    def _add_fourth(self, x: Tensor, valid: Tensor) -> None:
+        """Add rows to the sums of fourth order; the first ones set the pivot. Leaves ``x``."""
+        if self._pivot is None or self._quartic is None or self._cubic is None:
+            return
+        u = torch.where(valid[:, None], x, x.new_zeros(())).double()  # [B, D]
+        mean = u.sum(0) / valid.sum().clamp(min=1)
+        self._pivot = torch.where(self._counts.sum() == 0, mean, self._pivot)
+        u = u.sub_(self._pivot).mul_(valid[:, None])
+        square = torch.linalg.vector_norm(u, dim=1).square_()  # [B]
+        self._quartic += square @ square
+        self._cubic += square @ u
+
+    def _fourth_about(self, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ‖x − c‖⁴ [] and Σ‖x − c‖²(x − c) [D], from those about the pivot. Complete first.
+
+        With u = x − pivot and d = pivot − c the powers of ‖u + d‖ expand into sums over u that the
+        moments hold: their number, Σu, Σ‖u‖² and Σ u uᵀd.
+        """
+        assert self._within is not None
+        assert self._pivot is not None
+        assert self._quartic is not None
+        assert self._cubic is not None
+        n, d, M = self._counts.double(), self._pivot - center, self._means - self._pivot
+        N, dd = n.sum(), d @ d
+        linear = n @ M  # Σ u
+        trace = self._trace.sum() + n @ M.square().sum(1)  # Σ‖u‖²
+        Sd = self._within @ d + (n * (M @ d)) @ M  # Σ u (u·d)
+        ud = linear @ d
+        quartic = (
+            self._quartic + 4 * (self._cubic @ d + d @ Sd + dd * ud) + dd * (2 * trace + N * dd)
+        )
+        cubic = self._cubic + (trace + 2 * ud + N * dd) * d + 2 * Sd + dd * linear
+        return quartic.clamp(min=0), cubic
 
     def _add_scatter(self, z: Tensor) -> None:
         assert self._within is not None
@@ -368,6 +424,37 @@ class ClassStats(nn.Module):
         return self._trace.clone()
 
     @property
+    def variances(self) -> Tensor:
+        """Variances of each class along each dimension, over n_c, float64 [K, D].
+
+        Never weighted; NaN for a class without samples.
+
+        Raises:
+            InputError: built without ``variances=True``.
+        """
+        self._read()
+        if self._squares is None:
+            raise InputError(
+                "This ClassStats keeps no variances of its classes. Build it with variances=True."
+            )
+        return self._squares / self._counts[:, None]
+
+    @property
+    def fourth(self) -> Tensor:
+        """Σ_i ‖x_i − μ‖⁴ about the mean μ of the samples, float64 [].
+
+        Raises:
+            InputError: built without ``shrinkage=True``, or there are no samples.
+        """
+        self._read()
+        if self._quartic is None:
+            raise InputError(
+                "This ClassStats keeps no sums for shrinkage. Build it with shrinkage=True."
+            )
+        self._complete()
+        return self._fourth_about(self.global_mean("sample"))[0]
+
+    @property
     def within(self) -> Tensor:
         """Pooled within-class scatter Σ_i w_{y_i} (x_i − μ_{y_i})(x_i − μ_{y_i})ᵀ, [D, D]."""
         self._read()
@@ -467,6 +554,12 @@ class ClassStats(nn.Module):
                     f"Cannot combine two ClassStats with different {field.lstrip('_')}: "
                     f"{ours!r} and {theirs!r}."
                 )
+        for name, option in (("_squares", "variances"), ("_quartic", "shrinkage")):
+            ours, theirs = (getattr(s, name) is not None for s in (self, other))
+            if ours != theirs:
+                raise InputError(
+                    f"Cannot combine two ClassStats with different {option}: {ours} and {theirs}."
+                )
         a, b = self._class_weight, other._class_weight
         if (a is None) != (b is None) or (a is not None and not torch.equal(a, b.to(a.device))):  # type: ignore[union-attr]
             raise InputError("Cannot combine two ClassStats with different class_weight.")
@@ -481,10 +574,16 @@ class ClassStats(nn.Module):
             class_weight=self._class_weight,
             normalized=self.normalized,
             layer=self.layer,
+            variances=self._squares is not None,
+            shrinkage=self._quartic is not None,
         )
         new.to(self._counts.device)
         new._touched, new._reduced = True, self._reduced
         return new
+
+    def _mean(self) -> Tensor:
+        """Mean of the samples [D], zero without any."""
+        return self._counts.double() @ self._means / self._counts.sum().clamp(min=1)
 
     def _between(self, delta: Tensor, weight: Tensor) -> Tensor:
         """Σ_c w_c δ_c δ_cᵀ with the class weights of this statistic, [D, D]."""
@@ -527,6 +626,12 @@ class ClassStats(nn.Module):
         out._reduced = self._reduced or other._reduced
         if self._within is not None and other._within is not None:
             out._within = self._within + other._within + self._between(delta, weight)
+        if self._squares is not None and other._squares is not None:
+            out._squares = self._squares + other._squares + weight[:, None] * delta.square()
+        if self._quartic is not None:
+            out._pivot = out._mean()
+            (q, v), (p, w) = (s._fourth_about(out._pivot) for s in (self, other))
+            out._quartic, out._cubic = q + p, v + w
         return out
 
     __radd__ = __add__
@@ -574,6 +679,14 @@ class ClassStats(nn.Module):
         if self._within is not None and part._within is not None:
             out._within = self._within - part._within - self._between(delta, weight)
             out._within *= bool((n > 1).any())  # single samples: what is left is rounding
+        if self._squares is not None and part._squares is not None:
+            squares = self._squares - part._squares - weight[:, None] * delta.square()
+            out._squares = squares.masked_fill((n <= 1)[:, None], 0).clamp(min=0)
+        if self._quartic is not None:
+            out._pivot = out._mean()
+            (q, v), (p, w) = (s._fourth_about(out._pivot) for s in (self, part))
+            several = bool(n.sum() > 1)
+            out._quartic, out._cubic = several * (q - p).clamp(min=0), several * (v - w)
         return out
 
     @_state
@@ -598,6 +711,8 @@ class ClassStats(nn.Module):
             one._counts[small] = 0
             one._means[small] = 0
             one._trace[small] = 0
+            if one._squares is not None:
+                one._squares[small] = 0
         return out
 
     @_state
@@ -633,6 +748,14 @@ class ClassStats(nn.Module):
 
         delta = self._means - means
         parts = [self._trace + n_r * delta.square().sum(1)]
+        if self._squares is not None:
+            parts.append((self._squares + n_r[:, None] * delta.square()).flatten())
+        if self._quartic is not None:
+            self._complete()
+            pivot = n @ means / n.sum().clamp(min=1)
+            quartic, cubic = self._fourth_about(pivot)
+            parts += [quartic[None], cubic]
+            self._pivot = pivot
         blocks = self._blocks() if self._within is not None else []
         Z = self._weighted(delta, n_r)
         for rows, columns in blocks:
@@ -644,9 +767,13 @@ class ClassStats(nn.Module):
 
         self._counts, self._means = n.round().long(), means
         self._rejected = rejected.round().long()
-        self._trace = packed[:K].clone()
-        sent = torch.split(packed, [len(p) for p in parts])
-        for (rows, columns), values in zip(blocks, sent[1:]):
+        sent = iter(torch.split(packed, [len(p) for p in parts]))
+        self._trace = next(sent).clone()
+        if self._squares is not None:
+            self._squares = next(sent).clone().view(K, D)
+        if self._quartic is not None:
+            self._quartic, self._cubic = next(sent)[0].clone(), next(sent).clone()
+        for (rows, columns), values in zip(blocks, sent):
             block = self._within[rows, columns]  # type: ignore[index]
             block.copy_(values.view_as(block))
             self._mirrored = False
@@ -714,6 +841,7 @@ class ClassStats(nn.Module):
         }
         fields = {k: getattr(self, k) for k in ("num_classes", "dim", "scatter", "normalized")}
         fields |= {"layer": self.layer, "reduced": self._reduced, "groups": self.groups}
+        fields |= {"variances": self._squares is not None, "shrinkage": self._quartic is not None}
         with atomic_path(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"ncmethods.ClassStats": json.dumps(fields)})

@@ -102,7 +102,7 @@ def test_the_arrows_are_checked():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_packages_are_imported_inside_functions(path):
     """At the top of a module only torch and light packages stand (TYPE_CHECKING is free)."""
-    if room_of(path) == "cli":
+    if room_of(path) in ("cli", "integrations"):  # an adapter is imported on first use
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:

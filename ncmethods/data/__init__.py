@@ -1,4 +1,4 @@
-"""Images and labels as tensors: datasets, long-tail profiles, a device-resident loader."""
+"""Images and labels as tensors: datasets, long-tail profiles, class sessions, a loader."""
 
 from ncmethods.data import glyphs
 from ncmethods.data.datasets import ImageData, Splits, available, fetch, hold_out, load, names
@@ -17,17 +17,27 @@ from ncmethods.data.longtail import (
 from ncmethods.data.outliers import outliers
 from ncmethods.data.protocols import PROTOCOLS, Protocol, protocol
 from ncmethods.data.samplers import BoundBatches, ClassSampler, Sampling, class_shares
+from ncmethods.data.sessions import (
+    ClassIncremental,
+    ClassSchedule,
+    Session,
+    read_index_list,
+    task_mask,
+)
 
 __all__ = [
     "CONFUSABLE_ORDER",
     "PROTOCOLS",
     "Batch",
     "BoundBatches",
+    "ClassIncremental",
     "ClassSampler",
+    "ClassSchedule",
     "DeviceLoader",
     "ImageData",
     "Protocol",
     "Sampling",
+    "Session",
     "Splits",
     "TailConfig",
     "available",
@@ -46,5 +56,7 @@ __all__ = [
     "names",
     "outliers",
     "protocol",
+    "read_index_list",
     "reorder",
+    "task_mask",
 ]

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     y_mix: Tensor | None  # int64 [B], None without mixup
     lam: float
     share: float = 1.0  # B over the mean of all ranks: weight of this rank's mean
+    outliers: Tensor | None = None  # float32 [2B, C, H, W], images of no class
 
 
 def channel_stats(data: ImageData) -> tuple[list[float], list[float]]:
@@ -59,6 +60,9 @@ class DeviceLoader:
     stacked along B, view after view: rows i and i + B/v are one image. The first view is the batch
     of ``views=1``.
 
+    With ``outliers`` a batch brings two of them for each of its images, drawn with repetition and
+    augmented alike; the rest of the batch is what it would be without them.
+
     With ``train=False``, iterating yields ``(x, y)`` in order, without augmentation; rank r sees
     the images r, r + world, …, each once.
 
@@ -76,6 +80,7 @@ class DeviceLoader:
         mixup: a of lam ~ Beta(a, a), one lam per batch; 0 is off.
         views: augmented copies of each image in a batch, for contrastive losses; ``batch_size``
             and the length of an epoch still count images.
+        outliers: auxiliary images uint8 [M, C, H, W] that belong to no class.
         rank: of this process.
         world: number of processes.
 
@@ -98,6 +103,7 @@ class DeviceLoader:
         flip: bool = False,
         mixup: float = 0.0,
         views: int = 1,
+        outliers: Tensor | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -117,10 +123,17 @@ class DeviceLoader:
             raise InputError(
                 f"seed, crop and mixup must be ≥ 0, got seed={seed}, crop={crop}, mixup={mixup}."
             )
-        if not train and (crop or flip or mixup or sampler or views != 1):
+        if not train and (crop or flip or mixup or sampler or views != 1 or outliers is not None):
             raise InputError(
-                "crop, flip, mixup, views and a sampler need train=True: evaluation shows each "
-                "image once."
+                "crop, flip, mixup, outliers, views and a sampler need train=True: evaluation "
+                "shows each image once."
+            )
+        if outliers is not None and (
+            outliers.shape[1:] != data.images.shape[1:] or not len(outliers)
+        ):
+            raise InputError(
+                f"outliers must be images [M, {C}, {H}, {W}] like those of the data, M ≥ 1, got "
+                f"{tuple(outliers.shape)}."
             )
         if views < 1 or (views > 1 and mixup):
             raise InputError(
@@ -150,6 +163,7 @@ class DeviceLoader:
         self.device = torch.device(device)
         self.images = data.images.to(self.device)
         self.labels = data.labels.to(self.device)
+        self.outliers = None if outliers is None else outliers.to(self.device)
         # In units of the uint8 pixels; subtraction and division round the same for every slice.
         self._mean = 255 * torch.tensor(self.mean, device=self.device)[:, None, None]
         self._std = 255 * torch.tensor(self.std, device=self.device)[:, None, None]
@@ -196,12 +210,17 @@ class DeviceLoader:
             lo, hi = (b * r // self.world for r in (self.rank, self.rank + 1))
             share = (hi - lo) * self.world / b
             x, y = self._build(np.hstack([draws[:, lo:hi] for draws in views]))
+            outliers = None
+            if self.outliers is not None:
+                own = self._random(epoch, step + 1, 1)
+                drawn = self._draws(own.integers(0, len(self.outliers), 2 * b), own)
+                outliers = self._images(self.outliers, self._sent(drawn[:, 2 * lo : 2 * hi]))
             if not self.mixup:
-                yield Batch(x, y, None, 1.0, share)
+                yield Batch(x, y, None, 1.0, share, outliers)
                 continue
             lam = float(rng.beta(self.mixup, self.mixup))
             other, y_mix = self._build(views[0][:, rng.permutation(b)[lo:hi]])
-            yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam, share)
+            yield Batch(x.mul_(lam).add_(other.mul_(1 - lam)), y, y_mix, lam, share, outliers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and labels in order.
@@ -216,9 +235,9 @@ class DeviceLoader:
             part = slice(first, first + self._per_rank * self.world, self.world)
             yield self._normalized(self.images[part]), self.labels[part]
 
-    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+    def _random(self, epoch: int, *stream: int) -> np.random.Generator:
         """An own generator for the order (stream 0) or a step (1, 2, …) of ``epoch``."""
-        return np.random.default_rng([self.seed, epoch, stream])
+        return np.random.default_rng([self.seed, epoch, *stream])
 
     def _draws(self, chosen: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         """[4, b]: index, row offset, column offset, mirrored."""
@@ -230,11 +249,20 @@ class DeviceLoader:
 
     def _build(self, draws: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Images and labels for ``draws`` [4, b]."""
+        sent = self._sent(draws)
+        return self._images(self.images, sent), self.labels[sent[0]]
+
+    def _sent(self, draws: NDArray[np.int64]) -> Tensor:
+        """``draws`` on the device."""
         sent = torch.from_numpy(draws)
         if self.device.type == "cuda":
             sent = sent.pin_memory()
-        index, dy, dx, mirrored = sent.to(self.device, non_blocking=True)
-        images = self.images[index]
+        return sent.to(self.device, non_blocking=True)
+
+    def _images(self, source: Tensor, sent: Tensor) -> Tensor:
+        """Those of ``source`` that ``sent`` [4, b] draws, cropped, mirrored and normalised."""
+        index, dy, dx, mirrored = sent
+        images = source[index]
         if self.crop or self.flip:
             images = F.pad(images, (self.crop,) * 4)
             rows = self._rows + dy[:, None]  # [b, H]
@@ -243,4 +271,4 @@ class DeviceLoader:
             flat = rows[:, :, None] * images.shape[3] + cols[:, None, :]  # [b, H, W]
             flat = flat[:, None].expand(-1, images.shape[1], -1, -1).flatten(2)
             images = images.flatten(2).gather(2, flat).view(len(index), -1, *self.images.shape[2:])
-        return self._normalized(images), self.labels[index]
+        return self._normalized(images)

@@ -43,13 +43,30 @@ def _flat(n: int, shape: tuple[int, int, int], rng: torch.Generator) -> Tensor:
     return torch.rand(n, 1, 1, 1, generator=rng).expand(n, *shape)
 
 
+def _photos(n: int, shape: tuple[int, int, int], rng: torch.Generator) -> Tensor:
+    """Squares of 16 to 256 pixels out of scikit-learn's two photographs, half of them mirrored."""
+    from sklearn.datasets import load_sample_images
+
+    C, H, W = shape
+    whole = [torch.tensor(photo).permute(2, 0, 1) for photo in load_sample_images().images]
+    which, size, top, left, mirrored = torch.rand(5, n, generator=rng).tolist()
+    made = torch.empty(n, C, H, W)
+    for i in range(n):
+        photo, side = whole[int(2 * which[i])], int(16 * 16 ** size[i])
+        y, x = (int(u * (d - side)) for u, d in zip((top[i], left[i]), photo.shape[1:]))
+        part = photo[:, y : y + side, x : x + side]
+        made[i] = fitted(part[None].flip(3) if mirrored[i] < 0.5 else part[None], shape)[0]
+    return made / 255
+
+
 PATTERNS: dict[str, Callable[[int, tuple[int, int, int], torch.Generator], Tensor]] = {
     "uniform": _uniform,
     "gaussian": _gaussian,
     "gratings": _gratings,
     "flat": _flat,
+    "photos": _photos,
 }
-"""Synthetic images by name: values in [0, 1] from a number, a shape and a generator."""
+"""Images by name that need no dataset: values in [0, 1] from a number, a shape and a generator."""
 
 
 def outliers(
@@ -63,7 +80,8 @@ def outliers(
     """Images of another kind, brought to ``shape``.
 
     Args:
-        name: a pattern (``uniform``, ``gaussian``, ``gratings``, ``flat``), or a dataset whose test
+        name: a pattern (``uniform``, ``gaussian``, ``gratings``, ``flat``) or ``photos``, which
+            are crops of the two photographs that come with scikit-learn; or a dataset whose test
             images are taken: resized bilinearly, grey repeated or colours averaged.
         shape: (C, H, W) of the images that the model knows.
         n: number of images; of a dataset at most, drawn without repetition.
@@ -84,10 +102,15 @@ def outliers(
     if name in PATTERNS:
         return PATTERNS[name](n, shape, rng).clamp(0, 1).mul(255).round().to(torch.uint8)
     images = load(name, None if root is None else Path(root)).test.images
-    images = images[torch.randperm(len(images), generator=rng)[:n]].float()
-    C, H, W = shape
+    chosen = images[torch.randperm(len(images), generator=rng)[:n]]
+    return fitted(chosen, shape).round().clamp(0, 255).to(torch.uint8)
+
+
+def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images [N, …] as float32 [N, *shape]: colours averaged or grey repeated, then resized."""
+    images, (C, H, W) = images.float(), shape
     if images.shape[1] != C:
         images = images.mean(1, keepdim=True).expand(-1, C, -1, -1)
     if images.shape[-2:] != (H, W):
         images = F.interpolate(images, (H, W), mode="bilinear", antialias=True)
-    return images.round().clamp(0, 255).to(torch.uint8)
+    return images

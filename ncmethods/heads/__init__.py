@@ -1,6 +1,7 @@
 """Classifier heads with a prescribed geometry, and the means to put them into a model."""
 
 from ncmethods._core import Output, find_head, logits_of
+from ncmethods.heads.analytic import lda, ncm, ridge
 from ncmethods.heads.class_mean import ClassMeanHead, class_mean_head
 from ncmethods.heads.classifier import Classifier
 from ncmethods.heads.cosine import CosineHead, cosine_head
@@ -9,6 +10,12 @@ from ncmethods.heads.fixed import FixedHead, class_lengths, etf_head, frame_head
 from ncmethods.heads.growing import GrowingHead, growing_head
 from ncmethods.heads.guided import GuidedHead, guided_head
 from ncmethods.heads.multi_centre import MultiCentreHead, multi_centre_head
+from ncmethods.heads.normalized import (
+    FrozenProjector,
+    NormalizedHead,
+    frozen_projector_head,
+    normalized_head,
+)
 from ncmethods.heads.prime import PrimeHead, prime_head
 from ncmethods.heads.rotated import RotatedHead, rotated_head
 from ncmethods.heads.swap import swap_head
@@ -18,9 +25,11 @@ __all__ = [
     "Classifier",
     "CosineHead",
     "FixedHead",
+    "FrozenProjector",
     "GrowingHead",
     "GuidedHead",
     "MultiCentreHead",
+    "NormalizedHead",
     "Output",
     "PrimeHead",
     "RotatedHead",
@@ -30,11 +39,16 @@ __all__ = [
     "etf_head",
     "find_head",
     "frame_head",
+    "frozen_projector_head",
     "growing_head",
     "guided_head",
+    "lda",
     "logits_of",
     "multi_centre_head",
+    "ncm",
+    "normalized_head",
     "prime_head",
+    "ridge",
     "rotated_head",
     "swap_head",
     "to_conv",

@@ -12,25 +12,57 @@ from torch.nn import functional as F
 from ncmethods._core import InputError, check_choice, check_num_classes, no_autocast
 
 
+class ResidualNeck(nn.Module):
+    """Two hidden layers of twice the width with LayerNorm, beside a linear path, no last bias.
+
+    Nothing in it depends on the batch: it can be trained alone on few features.
+
+    References:
+        Yang et al., ICLR 2023, arXiv:2302.03004 (the projection of NC-FSCIL, by its code).
+    """
+
+    def __init__(self, in_features: int, dim: int) -> None:
+        super().__init__()
+        hidden = 2 * in_features
+        self.deep = nn.Sequential(
+            nn.Linear(in_features, hidden),
+            nn.LayerNorm(hidden),
+            nn.LeakyReLU(0.1),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
+            nn.LeakyReLU(0.1),
+            nn.Linear(hidden, dim, bias=False),
+        )
+        self.straight = nn.Linear(in_features, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, in_features] → [M, dim]."""
+        out: Tensor = self.deep(x) + self.straight(x)
+        return out
+
+
 def make_neck(neck: str | nn.Module | None, in_features: int, dim: int) -> nn.Module:
     """The module between backbone and rows: [M, in_features] → [M, dim].
 
     ``None`` is the identity, ``"bn"`` BatchNorm1d (after a bias-free Linear where the width
     changes), ``"linear"`` a Linear, ``"mlp"`` Linear, ReLU, Linear with ``in_features`` hidden
-    units. A module of your own is taken as it is. Call it through :func:`through_neck`.
+    units, ``"residual"`` a :class:`ResidualNeck`. A module of your own is taken as it is. Call it
+    through :func:`through_neck`.
 
     Raises:
         InputError: an unknown neck, or no neck although the width changes.
     """
     if isinstance(neck, nn.Module):
         return neck
-    check_choice(str(neck), ("bn", "linear", "mlp", "None"), "neck")
+    check_choice(str(neck), ("bn", "linear", "mlp", "residual", "None"), "neck")
     if neck == "linear":
         return nn.Linear(in_features, dim)
     if neck == "mlp":
         return nn.Sequential(
             nn.Linear(in_features, in_features), nn.ReLU(), nn.Linear(in_features, dim)
         )
+    if neck == "residual":
+        return ResidualNeck(in_features, dim)
     if neck == "bn":
         norm = nn.BatchNorm1d(dim)
         return (

@@ -3,8 +3,14 @@
 from ncmethods.losses._module import LossModule
 from ncmethods.losses.bcl import balanced_contrastive
 from ncmethods.losses.centre_collapse import centre_collapse
+from ncmethods.losses.distillation import (
+    distill_features,
+    distill_logits,
+    distill_relations,
+)
 from ncmethods.losses.dot_regression import dot_regression
 from ncmethods.losses.entropy import koleo
+from ncmethods.losses.exposure import outlier_exposure, separation
 from ncmethods.losses.fnc2 import fnc2
 from ncmethods.losses.focal import focal
 from ncmethods.losses.ldam import drw_weights, ldam
@@ -37,6 +43,9 @@ __all__ = [
     "binary_cross_entropy",
     "centre_collapse",
     "cutmix_box",
+    "distill_features",
+    "distill_logits",
+    "distill_relations",
     "dot_regression",
     "drw_weights",
     "feature_decay",
@@ -55,10 +64,12 @@ __all__ = [
     "nc1_centres",
     "nc2_max_min_angle",
     "norm_variation",
+    "outlier_exposure",
     "pick_all_label",
     "prototype_supcon",
     "remix_labels",
     "remix_lambda",
+    "separation",
     "signed_nc1",
     "spectral_decoupling",
     "supcon",

@@ -13,6 +13,7 @@ from ncmethods.ood.names import SCORERS, check_name, fit
 from ncmethods.ood.nci import NCI
 from ncmethods.ood.neco import NECO
 from ncmethods.ood.neighbours import KNN, NNGuide
+from ncmethods.ood.separation import Separation
 from ncmethods.ood.shaping import ASH, DICE, SCALE, VRA, ReAct
 from ncmethods.ood.she import SHE
 from ncmethods.ood.vim import Residual, ViM
@@ -43,6 +44,7 @@ __all__ = [
     "RelativeMahalanobis",
     "Residual",
     "Scorer",
+    "Separation",
     "Threshold",
     "Verdict",
     "ViM",

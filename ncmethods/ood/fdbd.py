@@ -6,12 +6,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ncmethods.ood._scorer import Scorer, Train, linear_rows, moments
 
 __all__ = ["fDBD"]
 
 _SAME = 1e-6  # of the largest row: rows that are nearer than this are one row
+_BLOCK = 128  # rows whose distances are taken at a time
 _NEAR = 1e-8  # smallest distance from the mean
 
 
@@ -49,8 +51,8 @@ class fDBD(Scorer):
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Negative sums of distances [N]."""
         top, guess = logits.max(1)
-        inverse = self.inverse.to(logits.dtype)[guess]
-        total = ((top[:, None] - logits) * inverse).sum(1)
+        inverse = self.inverse.to(logits.dtype).index_select(0, guess)
+        total: Tensor = torch.linalg.vecdot(top[:, None] - logits, inverse)
         z = features - self.center.to(features.dtype)
         length: Tensor = torch.linalg.vector_norm(z, dim=1).clamp(min=_NEAR)
         return -total / length
@@ -60,7 +62,12 @@ def inverse_distances(rows: Tensor) -> Tensor:
     """1 / ‖w_i − w_j‖ [K, K] of float64 rows [K, D]; 0 where they agree to 1e-6 of the largest."""
     same = _SAME * float(rows.norm(dim=1).max())
     rows = rows - rows.mean(0)  # differences stay, and the squares below lose fewer digits
-    gram = rows @ rows.T
-    squares = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
-    apart = squares > same**2  # the diagonal is 0 exactly
-    return squares.where(apart, 1.0).rsqrt() * apart
+    half = rows.square().sum(1) / 2
+    inverse = rows.new_empty(len(rows), len(rows))
+    for i in range(0, len(rows), _BLOCK):  # the lower triangle, and its mirror
+        j = min(i + _BLOCK, len(rows))
+        halves = torch.mm(rows[i:], rows[i:j].T).neg_().add_(half[i:, None]).add_(half[i:j])
+        halves[: j - i].fill_diagonal_(0)
+        block = F.threshold(halves, same**2 / 2, torch.inf).mul_(2).rsqrt_()
+        inverse[i:, i:j], inverse[i:j, i:] = block, block.T
+    return inverse

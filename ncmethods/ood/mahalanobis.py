@@ -33,9 +33,9 @@ class Mahalanobis(Scorer):
     """
 
     normalize: bool
-    center: Tensor  # [D]
-    factor: Tensor  # [D, D], F Fᵀ = Σ_W⁻¹
-    whitened: Tensor  # class means (μ_c − center) F, [K', D]
+    center: Tensor  # [D], near the mean
+    factor: Tensor  # F [D, D], F Fᵀ = Σ_W⁻¹
+    whitened: Tensor  # class means (μ_c − center) F, [K', r]: 0 in the other D − r coordinates
     total: ClassVar[bool] = False
     """Whether the distance to the mean of all samples is subtracted."""
 
@@ -52,14 +52,19 @@ class Mahalanobis(Scorer):
         if not 0 <= shrinkage <= 1:
             raise InputError(f"shrinkage must lie in [0, 1], got {shrinkage}.")
         stats = moments(train, unit=normalize)
-        factor = stats.whitener("within", shrinkage)
-        centred = (stats.means - stats.mean)[stats.active]
-        more = {"factor_total": stats.whitener("total", shrinkage)} if cls.total else {}
+        centred = (stats.means - stats.center)[stats.active]
+        if cls.total:
+            factor, G = stats.relative_whiteners(shrinkage)
+            more = {"factor_total": G, "offset": (stats.center - stats.mean) @ G}
+        else:
+            factor, more = stats.whitener("within", shrinkage), {}
+        if len(centred) < factor.shape[1]:  # turn the class means into the first K' coordinates
+            factor = factor @ torch.linalg.qr((centred @ factor).T, mode="complete")[0]
         return cls(
             head,
-            center=stats.mean,
+            center=stats.center,
             factor=factor,
-            whitened=centred @ factor,
+            whitened=(centred @ factor)[:, : len(centred)],
             normalize=normalize,
             shrinkage=shrinkage,
             **more,
@@ -67,12 +72,18 @@ class Mahalanobis(Scorer):
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Squared distances [N] to the nearest class mean."""
-        x = self._centred(features)
-        return from_nearest(x @ self.factor.to(x.dtype), self.whitened.to(x.dtype)).square().sum(1)
+        return self._nearest(self._centred(features))
 
     def _centred(self, features: Tensor) -> Tensor:
         x = F.normalize(features, dim=1) if self.normalize else features
-        return (x - self.center).to(x.dtype)
+        return x - self.center.to(x.dtype)
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        z, means = x @ self.factor.to(x.dtype), self.whitened.to(x.dtype)
+        inside, outside = z[:, : means.shape[1]], z[:, means.shape[1] :]
+        near: Tensor = torch.linalg.vector_norm(from_nearest(inside, means), dim=1)
+        far: Tensor = torch.linalg.vector_norm(outside, dim=1)
+        return near.square() + far.square()
 
     @classmethod
     def leave_one_out(cls, train: Train, *, normalize: bool = False) -> Tensor:
@@ -138,7 +149,9 @@ class RelativeMahalanobis(Mahalanobis):
     """Mahalanobis distance to the nearest class minus that to the mean of all samples.
 
     min_c (h − μ_c)ᵀ Σ_W⁻¹ (h − μ_c) − (h − μ)ᵀ Σ_T⁻¹ (h − μ): directions in which all features
-    vary alike say nothing about classes and cancel. It can be negative.
+    vary alike say nothing about classes and cancel. It can be negative. What is left are the
+    discriminants, K − 1 directions at most, and only those are computed, unless a covariance is
+    close to singular or shrunk.
 
     Fitted from moments; hyperparameters and ``leave_one_out`` as in :class:`Mahalanobis`.
 
@@ -146,14 +159,17 @@ class RelativeMahalanobis(Mahalanobis):
         Ren et al., arXiv:2106.09022.
     """
 
-    factor_total: Tensor  # [D, D], of Σ_T⁻¹
+    factor: Tensor  # F [D, r]
+    factor_total: Tensor  # G [D, r], ‖zF‖² − ‖zG‖² = zᵀΣ_W⁻¹z − zᵀΣ_T⁻¹z
+    offset: Tensor  # (center − μ) G, [r]
     total = True
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Differences [N] of squared distances."""
         x = self._centred(features)
-        far = (x @ self.factor_total.to(x.dtype)).square().sum(1)
-        return super().score(features, logits) - far
+        far = torch.addmm(self.offset.to(x.dtype), x, self.factor_total.to(x.dtype))
+        length: Tensor = torch.linalg.vector_norm(far, dim=1)
+        return self._nearest(x) - length.square()
 
     @classmethod
     def _total_left_out(cls, stats: FrozenStats, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ncmethods.ood.mahalanobis import Mahalanobis, RelativeMahalanobis
 from ncmethods.ood.nci import NCI
 from ncmethods.ood.neco import NECO
 from ncmethods.ood.neighbours import KNN, NNGuide
+from ncmethods.ood.separation import Separation
 from ncmethods.ood.shaping import ASH, DICE, SCALE, VRA, ReAct
 from ncmethods.ood.she import SHE
 from ncmethods.ood.vim import Residual, ViM
@@ -46,6 +47,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "etf-angle": ETFAngle.fit,
     "wdiscood": WDiscOOD.fit,
     "feature-norm": FeatureNorm.fit,
+    "separation": Separation.fit,
     "react": ReAct.fit,
     "vra": VRA.fit,
     "ash-b": partial(ASH.fit, variant="b"),

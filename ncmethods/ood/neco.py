@@ -34,7 +34,8 @@ class NECO(Scorer):
         Ben Ammar et al., ICLR 2024, arXiv:2310.06823. The authors' scripts take d as an argument.
     """
 
-    center: Tensor  # [D]
+    center: Tensor  # [D], near the mean
+    offset: Tensor  # (center − mean) / spread, [D]
     spread: Tensor  # [D]
     basis: Tensor  # [D, d], orthonormal columns
     times_max_logit: bool
@@ -67,7 +68,8 @@ class NECO(Scorer):
             )
         return cls(
             head if times_max_logit else None,
-            center=stats.mean,
+            center=stats.center,
+            offset=(stats.center - stats.mean) / spread,
             spread=spread,
             basis=vectors[:, :rank],
             rank=rank,
@@ -81,7 +83,8 @@ class NECO(Scorer):
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:
         """Negative ratios [N]."""
-        z = ((features - self.center) / self.spread).to(features.dtype)
+        x = features - self.center.to(features.dtype)
+        z = torch.addcmul(self.offset.to(x.dtype), x, self.spread.reciprocal().to(x.dtype))
         inside: Tensor = torch.linalg.vector_norm(z @ self.basis.to(z.dtype), dim=1)
         whole: Tensor = torch.linalg.vector_norm(z, dim=1).clamp(min=torch.finfo(z.dtype).tiny)
         ratio = inside / whole
@@ -91,8 +94,11 @@ class NECO(Scorer):
 def _principal(stats: FrozenStats, scale: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scale [D] of the coordinates, eigenvalues [D], largest first, and eigenvectors [D, D]."""
     sigma = stats.sigma_t
-    spread = sigma.diagonal().sqrt() if scale else torch.ones_like(sigma.diagonal())
-    tiny = spread <= 1e-7 * spread.max()
-    spread = spread.masked_fill(tiny, 1.0)
-    values, vectors = torch.linalg.eigh(sigma / spread / spread[:, None])
+    if scale:
+        spread = sigma.diagonal().sqrt()
+        spread = spread.masked_fill(spread <= 1e-7 * spread.max(), 1.0)
+        values, vectors = torch.linalg.eigh(sigma / spread / spread[:, None])
+    else:
+        spread = torch.ones_like(sigma.diagonal())
+        values, vectors = stats.second_moment_eigh(stats.mean)
     return spread, values.flip(0).clamp(min=0), vectors.flip(1)

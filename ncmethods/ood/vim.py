@@ -33,9 +33,8 @@ class Residual(Scorer):
         Wang et al., CVPR 2022, arXiv:2203.10807.
     """
 
-    center: Tensor  # [D], mean of the training features
+    center: Tensor  # [D], μ − NNᵀ(μ − u): as good as u, and near the features
     null: Tensor  # [D, D − d], N: orthonormal columns
-    offset: Tensor  # [D − d], Nᵀ(center − u)
 
     @classmethod
     def fit(
@@ -62,15 +61,14 @@ class Residual(Scorer):
         u = origin(head, cls.__name__, D).to(stats.mean)
         values, vectors = stats.second_moment_eigh(u)
         null = vectors[:, : D - rank]
-        offset = (stats.mean - u) @ null
+        center = stats.mean - null @ ((stats.mean - u) @ null)
         length = float(values.clamp(min=0).sum().sqrt())
-        return {"center": stats.mean, "null": null, "offset": offset, "rank": rank}, length
+        return {"center": center, "null": null, "rank": rank}, length
 
     def residual(self, features: Tensor) -> Tensor:
         """Lengths [N] outside the principal space."""
         x = features - self.center.to(features.dtype)
-        outside = x @ self.null.to(x.dtype) + self.offset.to(x.dtype)
-        length: Tensor = torch.linalg.vector_norm(outside, dim=1)
+        length: Tensor = torch.linalg.vector_norm(x @ self.null.to(x.dtype), dim=1)
         return length
 
     def score(self, features: Tensor, logits: Tensor) -> Tensor:

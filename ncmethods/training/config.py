@@ -97,6 +97,8 @@ class TrainConfig:
     """Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty on all trained parameters."""
+    backbone_lr: float = 1.0
+    """Factor on both for the backbone: under 1 for one that has been trained before."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -117,6 +119,9 @@ class TrainConfig:
     """Random horizontal mirroring."""
     views: int = 1
     """Augmented copies of each image in a batch; contrastive losses want 2, and crop or flip."""
+    outliers: str = ""
+    """Auxiliary outliers, two for each image of a batch, for losses that name outlier_features or
+    outlier_logits: a dataset, or a pattern such as photos. Take none that you test on."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     threads: int = 0
@@ -135,7 +140,15 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr must be positive and finite, got {self.lr}.")
-        for name in ("weight_decay", "warmup_epochs", "clip_norm", "mixup", "crop", "threads"):
+        for name in (
+            "weight_decay",
+            "backbone_lr",
+            "warmup_epochs",
+            "clip_norm",
+            "mixup",
+            "crop",
+            "threads",
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.momentum < 1:

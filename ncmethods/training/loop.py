@@ -21,8 +21,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ncmethods import __version__
-from ncmethods._core import CheckpointError, InputError, NCError, atomic_path, bind, write_text
-from ncmethods.data import Batch, ClassSampler, DeviceLoader, Splits, channel_stats, class_counts
+from ncmethods._core import (
+    CheckpointError,
+    InputError,
+    NCError,
+    atomic_path,
+    bind,
+    main_output,
+    write_text,
+)
+from ncmethods.data import (
+    Batch,
+    ClassSampler,
+    DeviceLoader,
+    Splits,
+    channel_stats,
+    class_counts,
+    outliers,
+)
 from ncmethods.heads import Classifier, Output
 from ncmethods.stats import frequency_groups
 from ncmethods.tracking import Tracker, read_rows
@@ -34,6 +50,8 @@ from ncmethods.training.evaluate import Evaluation, evaluate
 from ncmethods.training.runs import read_json
 
 __all__ = ["NonFiniteLoss", "fit"]
+
+OUTLIERS = 10_000  # auxiliary images to draw from
 
 Loss = Callable[..., Any]
 Draw = Callable[[Path, list[dict[str, Any]]], Mapping[str, Any]]
@@ -57,6 +75,8 @@ def fit(
     groups: Mapping[str, Sequence[int]] | None = None,
     wandb: bool = True,
     draw: Draw | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Train, measure about ten times, and leave a run directory that others can read.
 
@@ -67,8 +87,10 @@ def fit(
     Args:
         model: description of the Classifier.
         loss: a function of any of ``features, logits, labels, weight, bias, counts, epoch,
-            epochs, views``, by these names (epoch from 0; rows i and i + N/views are views of one
-            image). Or a class of modules, or a partial of one, with such a ``forward``, built as
+            epochs, views, images, embeddings, outlier_features, outlier_logits``, by these names
+            (epoch from 0; rows i and i + N/views are views of one image; embeddings are the
+            backbone's output, before the head's neck; outliers are those of ``config``). Or a
+            class of modules, or a partial of one, with such a ``forward``, built as
             ``loss(num_classes=K, dim=D)``: its parameters are trained and saved in the checkpoints,
             those of ``param_group()`` as that says.
         splits: training and test images.
@@ -83,6 +105,9 @@ def fit(
         wandb: feed Weights & Biases too.
         draw: called on rank 0 with the directory and the rows of metrics.jsonl, once all is
             measured; the figures that it returns go to the tracker.
+        start: state of the model to start from; that of ``seed`` if None.
+        normalisation: mean and standard deviation of each channel, pixels in [0, 1]; those of the
+            training images if None.
 
     Returns:
         The last row of metrics.jsonl: accuracy and geometry after training.
@@ -99,7 +124,7 @@ def fit(
             "set mixup to 0, or take another head."
         )
     counts = class_counts(splits.train)
-    mean, std = channel_stats(splits.train)
+    mean, std = map(list, normalisation or channel_stats(splits.train))
     by_count = frequency_groups(counts)
     groups = by_count if groups is None else {name: list(of) for name, of in groups.items()}
     rare = list(groups.values())[-1] or None
@@ -148,6 +173,10 @@ def fit(
         )
         if corrects(loss):
             warn_twice(f"sampling={config.sampling!r}", f"the loss {name_of(loss)}", stacklevel=2)
+    auxiliary = None
+    if config.outliers:
+        _, C, H, W = splits.train.images.shape
+        auxiliary = outliers(config.outliers, (C, H, W), n=OUTLIERS)
     batches = loader(
         "train",
         sampler=sampler,
@@ -157,14 +186,17 @@ def fit(
         flip=config.flip,
         mixup=config.mixup,
         views=config.views,
+        outliers=auxiliary,
     )
     train, test = loader("train", train=False), loader("test", train=False)
     net = build_model(model, seed=seed).to(here.device)
+    if start is not None:
+        net.load_state_dict(start)
     nn.Module.to(net, memory_format=torch.channels_last)  # convolutions are faster in it
     criterion = _built(loss, net, seed).to(here.device)
     both = nn.ModuleList([net, criterion])
     optimizer = torch.optim.SGD(
-        _param_groups(both),
+        _param_groups(both, config),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
@@ -217,8 +249,8 @@ def fit(
         began = started = time.perf_counter()
         first = step
         while step < total:
-            epoch, start = divmod(step, per_epoch)
-            for batch in batches.epoch(epoch, start):
+            epoch, shown = divmod(step, per_epoch)
+            for batch in batches.epoch(epoch, shown):
                 factor = lr_factor(config, step, per_epoch)
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * factor
@@ -290,11 +322,24 @@ def _built(loss: Loss, net: Classifier, seed: int) -> nn.Module:
     return module
 
 
-def _param_groups(both: nn.Module) -> list[dict[str, Any]]:
-    """Groups for the optimizer: those of each ``param_group()``, and before them all the others."""
+def _param_groups(both: nn.ModuleList, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups for the optimizer: the backbone, the others, and those of each ``param_group()``."""
     makers: list[Any] = [m for m in both.modules() if hasattr(m, "param_group")]
     own = [module.param_group() for module in makers]
+    net: Any = both[0]
     claimed = {id(p) for group in own for p in group["params"]}
+    slow: list[nn.Parameter] = []
+    if config.backbone_lr != 1:
+        slow = [p for p in net.backbone.parameters() if p.requires_grad and id(p) not in claimed]
+        own.insert(
+            0,
+            {
+                "params": slow,
+                "lr": config.lr * config.backbone_lr,
+                "weight_decay": config.weight_decay * config.backbone_lr,
+            },
+        )
+        claimed |= {id(p) for p in slow}
     others = [p for p in both.parameters() if p.requires_grad and id(p) not in claimed]
     return [{"params": others}, *own]
 
@@ -309,8 +354,13 @@ def _loss(
 ) -> Tensor:
     """Loss of one batch; labels are mixed as the images were: λ·L(y) + (1−λ)·L(y_mix)."""
     net.train()
-    with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.device.type == "cuda"):
-        out: Output = net(batch.x)
+    x = batch.x if batch.outliers is None else torch.cat([batch.x, batch.outliers])
+    seen: list[Any] = []
+    hook = net.backbone.register_forward_hook(lambda *call: seen.append(main_output(call[-1])))
+    with hook, torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
+        whole: Output = net(x)
+    N = len(batch.x)
+    out = Output(*(of[:N] for of in whole))
     head: Any = net.head
     if hasattr(head, "observe"):  # its rows follow the class means
         head.observe(out.features, batch.y)
@@ -324,7 +374,12 @@ def _loss(
         "epoch": epoch,
         "epochs": config.epochs,
         "views": config.views,
+        "images": batch.x,
+        "embeddings": seen[0][:N],
     }
+    if batch.outliers is not None:
+        available["outlier_features"] = whole.features[N:]
+        available["outlier_logits"] = whole.logits[N:].float()
     value: Tensor = loss(**bind(loss, available))
     if batch.y_mix is None:
         return value

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, bind, check_choice, check_counts, check_head
+from ncmethods._core import InputError, bind, check_counts, check_head
 from ncmethods.data import ClassSampler, Sampling, class_counts
 from ncmethods.features import FeatureSet
-from ncmethods.heads import to_linear
+from ncmethods.heads import ncm, to_linear
 from ncmethods.metrics import accuracy_by_class
-from ncmethods.stats import ClassStats, nth_of_class
+from ncmethods.stats import nth_of_class
 from ncmethods.training._prior import corrects, name_of, warn_twice
 from ncmethods.training.loop import NonFiniteLoss
 
@@ -313,49 +313,6 @@ def pick_tau(
         for tau in taus
     }
     return max(found, key=lambda tau: found[tau]), found
-
-
-def ncm(train: FeatureSet | ClassStats, metric: Literal["l2", "cosine"] = "l2") -> nn.Linear:
-    """Nearest class mean as a linear layer.
-
-    ``l2``: w_c = μ_c, b_c = −½‖μ_c‖², so that logits and −½‖h − μ_c‖² differ by a number per sample
-    only: argmax and softmax are those of the distances. ``cosine``: unit rows μ_c/‖μ_c‖, no bias;
-    the argmax is the class mean at the smallest angle.
-
-    A class without samples is masked: its row is 0 and its bias −∞, so it is never predicted. One
-    sample is its own mean. For the authors' centred, normalised features apply it to
-    :func:`unit_features`.
-
-    Args:
-        train: features and labels, or their class moments.
-        metric: one of the two.
-
-    Returns:
-        features → logits, of the features' dtype and on their device (float32 for moments).
-
-    Raises:
-        InputError: an unknown metric, no labels, or no samples.
-
-    References:
-        Kang et al., ICLR 2020, arXiv:1910.09217 (NCM).
-    """
-    check_choice(metric, ("l2", "cosine"), "metric")
-    stats = train.stats if isinstance(train, FeatureSet) else train
-    like = train.features if isinstance(train, FeatureSet) else stats.means.float()
-    empty = ~stats.active
-    if bool(empty.all()):
-        raise InputError("There are no samples, hence no class means.")
-    means = stats.means.masked_fill(empty[:, None], 0)  # [K, D]
-    norms = means.norm(dim=1)
-    if metric == "cosine":
-        means = means / torch.where(norms > 0, norms, 1)[:, None]
-    layer = _layer(means.shape, like, bias=metric == "l2" or bool(empty.any()))
-    with torch.no_grad():
-        layer.weight.copy_(means)
-        if layer.bias is not None:
-            bias = -0.5 * norms.square() if metric == "l2" else torch.zeros_like(norms)
-            layer.bias.copy_(bias.masked_fill(empty, -torch.inf))
-    return layer
 
 
 def post_hoc(

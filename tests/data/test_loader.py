@@ -322,6 +322,56 @@ def test_a_batch_of_views_depends_on_seed_epoch_and_step_alone():
 # --- statistics and bad input -------------------------------------------------------------------
 
 
+# --- auxiliary outliers -------------------------------------------------------------------------
+
+
+def aside(M, C=3, H=6, W=5):
+    return pictures(M, C, H, W, seed=9).images
+
+
+def test_a_batch_brings_two_outliers_for_each_image_and_is_else_the_same():
+    plain = DeviceLoader(pictures(40), 16, **AUGMENT)
+    more = DeviceLoader(pictures(40), 16, outliers=aside(7), **AUGMENT)
+    for without, batch in zip(plain.epoch(1), more.epoch(1)):
+        assert without.outliers is None
+        assert same(without[:5], batch[:5])
+        assert len(batch.outliers) == 2 * len(batch.y)
+
+
+def test_outliers_are_those_that_were_given_normalised_and_all_are_shown():
+    source = aside(7)
+    loader = DeviceLoader(pictures(40), 16, outliers=source)
+    mean, std = (255 * torch.tensor(of)[:, None, None] for of in (loader.mean, loader.std))
+    known = {(image - mean).div(std).numpy().tobytes() for image in source.float()}
+    shown = [o.numpy().tobytes() for b in loader.epoch(0) for o in b.outliers]
+    assert set(shown) == known
+    first, second = (next(loader.epoch(e)).outliers for e in (0, 1))
+    assert not torch.equal(first, second)
+    with_draws = DeviceLoader(pictures(40), 16, outliers=source, crop=2, flip=True)
+    assert {o.numpy().tobytes() for o in next(with_draws.epoch(0)).outliers} - known
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_union_of_outliers_over_ranks_is_that_of_one_process(world):
+    options = {"outliers": aside(50), "crop": 1, "seed": 4}
+    whole = list(DeviceLoader(pictures(40), 12, **options).epoch(2))
+    ranks = [
+        list(DeviceLoader(pictures(40), 12, rank=r, world=world, **options).epoch(2, 1))
+        for r in range(world)
+    ]
+    for one, *parts in zip(whole[1:], *ranks):
+        assert torch.equal(torch.cat([p.outliers for p in parts]), one.outliers)
+        assert [len(p.outliers) for p in parts] == [2 * len(p.y) for p in parts]
+
+
+@pytest.mark.parametrize("bad", [aside(0), aside(4, C=1), aside(4, H=7)])
+def test_outliers_of_another_shape_are_refused(bad):
+    with pytest.raises(InputError, match=r"outliers must be images \[M, 3, 6, 5\]"):
+        DeviceLoader(pictures(40), 8, outliers=bad)
+    with pytest.raises(InputError, match="outliers, views and a sampler need train=True"):
+        DeviceLoader(pictures(40), 8, outliers=aside(3), train=False)
+
+
 def test_channel_stats_equal_numpy():
     source = pictures(50)
     mean, std = channel_stats(source)

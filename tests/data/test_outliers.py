@@ -1,7 +1,10 @@
 """Outliers: the shape that is asked for, seeded, and what their names promise."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn import datasets
+from sklearn.utils import Bunch
 
 from ncmethods import data
 from ncmethods._core import InputError
@@ -31,6 +34,35 @@ def test_what_the_patterns_are():
     assert waves.mean() == pytest.approx(0.5, abs=0.03)
     spectrum = torch.fft.rfft2(waves[:, 0] - waves[:, 0].mean((1, 2), keepdim=True)).abs()
     assert (spectrum.flatten(1).amax(1) > 0.3 * spectrum.flatten(1).sum(1) / 24).all()
+
+
+def test_photos_are_mirrored_crops_of_many_sizes(monkeypatch):
+    """Of two pictures whose brightness grows evenly to the right, one red and one green."""
+    ramps = np.zeros((2, 427, 640, 3), np.uint8)
+    for c in (0, 1):
+        ramps[c, :, :, c] = np.arange(640) * 255 // 639
+    monkeypatch.setattr(datasets, "load_sample_images", lambda: Bunch(images=ramps))
+    made = outliers("photos", (3, 16, 16), n=2000).double()
+    assert (made[:, 2] == 0).all()
+    assert (made - made[:, :, :1]).abs().max() <= 1  # nothing changes from top to bottom
+    row = made.sum(1)[:, 0]  # one channel of two is dark
+    across = 16 / 15 * (row[:, -1] - row[:, 0]) * 639 / 255  # width of the crop in pixels
+    sides = across.abs()
+    straight = row[:, :1] + (row[:, -1:] - row[:, :1]) * torch.linspace(0, 1, 16)
+    assert (row - straight).abs().max() < 3
+    assert 5 < sides.min() < 25
+    assert 235 < sides.max() < 265
+    assert sides.median() == pytest.approx(64, rel=0.1)  # as many octaves below as above
+    assert (across < 0).double().mean() == pytest.approx(0.5, abs=0.04)
+    red = made[:, 0].flatten(1).amax(1) > made[:, 1].flatten(1).amax(1)
+    assert red.double().mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_photos_are_averaged_to_grey():
+    colours = outliers("photos", (3, 12, 12), n=20).double()
+    grey = outliers("photos", (1, 12, 12), n=20).double()
+    assert (colours.mean(1) - grey[:, 0]).abs().max() <= 1
+    assert (colours.std(1) > 5).any()
 
 
 def test_a_dataset_keeps_its_images():

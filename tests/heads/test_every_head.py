@@ -50,6 +50,13 @@ def learned(head, start):
     torch.testing.assert_close(head(x), z)
 
 
+def free_of_length(head, start):
+    """Rows and bias are learned; the length of what comes in plays no part."""
+    assert not torch.equal(head.weight, start["weight"])
+    x = torch.randn(4, D)
+    torch.testing.assert_close(head.eval()(3 * x), head(x))
+
+
 def centres(head, start):
     """Two centres for each class: siblings at cosine 1/2, others at the least it allows."""
     assert torch.equal(head.rows, start["rows"])
@@ -84,6 +91,8 @@ HEADS = {
     "class_mean_head": (heads.class_mean_head, unit, True),
     "multi_centre_head": (heads.multi_centre_head, centres, False),
     "growing_head": (partial(heads.growing_head, active=3), grown, False),
+    "normalized_head": (heads.normalized_head, free_of_length, False),
+    "frozen_projector_head": (heads.frozen_projector_head, free_of_length, False),
     "prime_head": (heads.prime_head, partial(fixed, name="primes"), False),
 }
 

@@ -17,6 +17,7 @@ from ncmethods.ood.feature_norm import FeatureNorm
 from ncmethods.ood.mahalanobis import RelativeMahalanobis
 from ncmethods.ood.nci import NCI
 from ncmethods.ood.neighbours import KNN, NNGuide
+from ncmethods.ood.separation import Separation
 from ncmethods.ood.shaping import ASH, DICE, SCALE, VRA, ReAct
 from ncmethods.ood.she import SHE
 from ncmethods.ood.vim import Residual, ViM
@@ -54,6 +55,7 @@ SCORERS = {
     "PrototypeCosine": PrototypeCosine.fit,
     "PrototypeCosine-origin": partial(PrototypeCosine.fit, centre=False),
     "ETFAngle": ETFAngle.fit,
+    "Separation": Separation.fit,
     "ETFAngle-T": partial(ETFAngle.fit, temperature=0.1),
     "WDiscOOD": WDiscOOD.fit,
     "WDiscOOD-unit": partial(WDiscOOD.fit, normalize=True, residual_weight=1.0, rank=2),

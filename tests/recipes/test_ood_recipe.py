@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ncmethods import cli, data, ood
+from ncmethods import cli, data, losses, ood, viz
 from ncmethods._core import InputError
-from ncmethods.training import CachedRun
+from ncmethods.training import CachedRun, loop
 
 OOD, SCORE = cli.load_recipe("ood_detection"), cli.load_recipe("score")
 TRAIN = ["--train.epochs", "6", "--train.threads", "1", "--train.device", "cpu"]
@@ -93,6 +93,7 @@ def test_mistakes(tmp_path, capsys):
         (["--scorers", "nneco"], "Did you mean 'neco'"),
         (["--data.without", "Coats"], "Did you mean 'Coat'"),
         (["--ood", "grating"], "Did you mean 'gratings'"),
+        (["--methods", "oe", "--ood", "flat", "photos"], "saw photos as outliers in training"),
     ):
         with pytest.raises(SystemExit):
             run_ood(tmp_path, *more)
@@ -190,6 +191,38 @@ def test_score_a_list_and_its_mistakes(trained, folder, tmp_path, capsys):
         with pytest.raises(SystemExit):
             score(trained, paths, tmp_path / "other.csv", *more)
         assert said in capsys.readouterr().err
+
+
+def test_methods_trained_for_detection(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "OUTLIERS", 200)
+    monkeypatch.setattr(viz, "draw_run", lambda *_: {})  # pages take most of the time
+    monkeypatch.setattr(OOD, "write_page", lambda *_: None)
+    scorers, methods = ["feature-norm", "separation"], {"entropy": "", "separation": "photos"}
+    run_ood(tmp_path, "--methods", *methods, "--scorers", *scorers, "--train.epochs", "4")
+    for method, shown in methods.items():
+        found = rows(tmp_path, f"{method}-seed0")
+        assert list(found) == scorers
+        assert all(0 <= row["far/auroc"] <= 1 for row in found.values())
+        run = CachedRun(tmp_path / method / "seed0", tmp_path / "features")
+        assert run.config["train"]["outliers"] == shown
+        assert run.rows()[-1]["test/accuracy"] > 0.4  # of eight classes
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # a finished run too
+        cli.main([
+            "ood", "--run", str(run.place), "--ood", "photos", "--no-wandb",
+            "--out", str(tmp_path / "again"),
+        ])  # fmt: skip
+    assert "saw photos as outliers" in capsys.readouterr().err
+
+
+def test_separation_begins_in_the_second_half():
+    g = torch.Generator().manual_seed(0)
+    h, z, o, oz, w = (torch.randn(6, n, generator=g) for n in (5, 3, 5, 3, 5))
+    y, w = torch.arange(6) % 3, w[:3]
+    exposed = OOD.exposure(z, y, oz)
+    first, second = (OOD.separated(h, z, y, w, o, oz, epoch, 30) for epoch in (14, 15))
+    assert torch.equal(first, exposed)
+    assert torch.equal(second, exposed + losses.separation(h, y, w, o))
 
 
 def test_leave_out_keeps_the_order_of_the_others():
