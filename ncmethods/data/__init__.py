@@ -24,6 +24,7 @@ from ncmethods.data.sessions import (
     read_index_list,
     task_mask,
 )
+from ncmethods.data.stream import StreamConfig
 
 __all__ = [
     "CONFUSABLE_ORDER",
@@ -39,6 +40,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Splits",
+    "StreamConfig",
     "TailConfig",
     "available",
     "channel_stats",

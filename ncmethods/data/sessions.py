@@ -158,7 +158,10 @@ class ClassSchedule:
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """0 and the classes seen after each session: session t has boundaries[t] … [t+1] − 1."""
+        """Number of classes before each session, and K at the end.
+
+        Session t brings the classes by arrival from ``boundaries[t]`` to ``boundaries[t + 1] − 1``.
+        """
         sizes = [0, *map(len, self.sessions)]
         return tuple(int(n) for n in np.cumsum(sizes))
 

@@ -230,7 +230,7 @@ class ExemplarMemory:
         if self.select == "random" or self.total is None:
             return held
         # One draw for all classes: keys below that of the first sample without a place.
-        keys = torch.cat([_keys(pool, self.seed) for pool in held.values()])
+        keys = _keys(torch.cat([indices[:0], *held.values()]), self.seed)
         if len(keys) > self.total:
             limit = keys.kthvalue(self.total).values
             held = {c: pool[_keys(pool, self.seed) <= limit] for c, pool in held.items()}
@@ -371,6 +371,7 @@ class FeatureMemory:
         check_labels(y.cpu(), num_classes=self.num_classes)
         _check_finite(x)
         self.stats.update(x, y)
+        self.stats.state_dict()  # sums what waits, so that a run that saves here agrees
         if not self.keep:
             return self
         x, y = x[y >= 0].cpu(), y[y >= 0].cpu()

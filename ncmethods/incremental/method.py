@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ncmethods._core import logits_of
 from ncmethods.features import FeatureSet
 from ncmethods.heads import Classifier, lda, ncm
 from ncmethods.incremental.ranpac import RanPAC
@@ -29,6 +30,8 @@ __all__ = ["METHODS", "Method", "Step"]
 
 Loss = Callable[..., Tensor]
 """Of any of the names that ``training.fit`` binds."""
+Classify = Callable[[Tensor], Tensor]
+"""From features [N, D] to logits [N, seen]."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,8 @@ class Step:
     """Class means of the new classes under it [seen − before, D]."""
 
 
-def _own_head(model: Classifier, _known: FeatureSet, _step: Step) -> nn.Module:
-    head: nn.Module = model.head
-    return head
+def _own_head(model: Classifier, _known: FeatureSet | None, _step: Step) -> Classify:
+    return partial(logits_of, model.head)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Method:
     later: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy = "fixed"
     finish: Callable[[Classifier, Step], None] | None = None
-    classify: Callable[[Classifier, FeatureSet, Step], nn.Module] = _own_head
+    classify: Callable[[Classifier, FeatureSet, Step], Classify] = _own_head
     frozen: bool = False
 
 
@@ -194,23 +196,23 @@ def align(model: Classifier, step: Step) -> None:
         head.weight.data = weight_align(head.weight.data, step.before)
 
 
-def nearest_exemplars(_model: Classifier, known: FeatureSet, _step: Step) -> nn.Module:
+def nearest_exemplars(_model: Classifier, known: FeatureSet, _step: Step) -> Classify:
     """The nearest mean of the remembered unit features, by angle (iCaRL)."""
     unit = FeatureSet(F.normalize(known.features, dim=1), known.labels, known.num_classes)
     return ncm(unit, "cosine")
 
 
-def nearest_mean(_model: Classifier, known: FeatureSet, _step: Step) -> nn.Module:
+def nearest_mean(_model: Classifier, known: FeatureSet, _step: Step) -> Classify:
     """The nearest class mean by angle."""
     return ncm(known.stats, "cosine")
 
 
-def streaming_lda(_model: Classifier, known: FeatureSet, _step: Step) -> nn.Module:
+def streaming_lda(_model: Classifier, known: FeatureSet, _step: Step) -> Classify:
     """LDA with one covariance, from moments."""
     return lda(known.stats)
 
 
-def projected_ridge(_model: Classifier, known: FeatureSet, _step: Step) -> nn.Module:
+def projected_ridge(_model: Classifier, known: FeatureSet, _step: Step) -> Classify:
     """Ridge regression on random projections."""
     assert known.labels is not None
     return RanPAC(known.dim, known.num_classes).update(known.features, known.labels)
@@ -221,6 +223,7 @@ METHODS: dict[str, Method] = {
     "finetune": Method(cross_entropy, memory=False),
     "replay": Method(cross_entropy),
     "replay-balanced": Method(cross_entropy, train=EVEN),
+    "replay-distill": Method(partial(terminus, pull="ce"), train=EVEN),  # etf-ce without vertices
     "icarl": Method(icarl, classify=nearest_exemplars),
     "wa": Method(wa, finish=align),
     "etf-dr": Method(terminus, head="etf", train=EVEN),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ncmethods._core import InputError, check_choice, find_head, logits_of, no_autocast, unwrap
-from ncmethods.features import Captured, capture
+from ncmethods._core import InputError, find_head, logits_of, no_autocast
+from ncmethods.features import LayerWatch
 from ncmethods.metrics.layerwise import effective_depth, progressive_collapse, separation_law
 from ncmethods.metrics.nc4 import nearest_mean
 from ncmethods.metrics.report import report
@@ -71,34 +70,19 @@ class Monitor:
         log: Callable[[Mapping[str, float]], Any] | None = None,
         name: str | None = None,
     ) -> None:
-        modules = dict(unwrap(model).named_modules())
-        for layer in layers:
-            check_choice(layer, ("head", *filter(None, modules)), "layer")
-        if len(set(layers)) < len(layers):
-            raise InputError(f"Each layer is measured once, got layers={list(layers)}.")
+        self._watch = LayerWatch(model, layers, pool=pool, name=name)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
             raise InputError(f"samples is a number of rows to keep, 0 or more, got {samples!r}.")
         self.head = find_head(model, name=name).module
         self.model, self.num_classes, self.layers = model, num_classes, tuple(layers)
         self.counts, self.scatter, self.samples = counts, scatter, samples
-        self.pool, self.log, self.name = pool or _mean, log, name
-        self._outputs: dict[str, Tensor] = {}
-        self._seen: Captured | None = None
-        self._stack = ExitStack()
+        self.log, self._watching = log, False
         self.reset()
 
     def __enter__(self) -> Monitor:
         """Start to watch."""
-        try:
-            self._seen = self._stack.enter_context(capture(self.model, name=self.name))
-            modules = dict(unwrap(self.model).named_modules())
-            for layer in self.layers:
-                if layer != "head":
-                    handle = modules[layer].register_forward_hook(self._keep(layer))
-                    self._stack.callback(handle.remove)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._watch.__enter__()
+        self._watching = True
         return self
 
     def __exit__(
@@ -108,24 +92,8 @@ class Monitor:
         trace: TracebackType | None,
     ) -> None:
         """Take the hooks off the model; the statistics stay."""
-        self._stack.close()
-        self._seen = None
-        self._outputs.clear()
-
-    def _keep(self, layer: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._outputs[layer] = self._features(output)
-
-        return hook
-
-    def _features(self, output: Any) -> Tensor:
-        """Features [N, D] of a layer's output: without its graph, in memory of their own."""
-        x = output if isinstance(output, Tensor) else output[0]
-        with torch.no_grad(), no_autocast(x.device):
-            features = x.detach() if x.dtype == torch.float64 else x.detach().float()
-            features = self.pool(features) if x.ndim > 2 else features
-            shared = features.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            return features.clone() if shared else features
+        self._watch.__exit__(kind, error, trace)
+        self._watching = False
 
     def update(self, labels: Tensor) -> None:
         """Add the features of the last forward pass, with their labels int64 [N].
@@ -133,18 +101,9 @@ class Monitor:
         Raises:
             InputError: no forward pass since the last update, or labels that do not fit.
         """
-        if self._seen is None:
+        if not self._watching:
             raise InputError("Use the monitor as a context manager: with Monitor(...) as monitor.")
-        if "head" in self.layers:
-            self._outputs["head"] = self._features(self._seen.features)
-        self._seen.forget()
-        missing = [layer for layer in self.layers if layer not in self._outputs]
-        if missing:
-            raise InputError(
-                f"No forward pass has reached {', '.join(missing)} since the last update. Call the "
-                "model first, then update(labels)."
-            )
-        outputs = {layer: self._outputs.pop(layer) for layer in self.layers}
+        outputs = self._watch.take()
         for layer, features in outputs.items():
             if layer not in self.stats:
                 self.stats[layer] = ClassStats(
@@ -231,14 +190,10 @@ class Monitor:
 
     def _logits(self, features: Tensor) -> Tensor:
         """Logits [N, K] of the head; its hooks see this call, and what they held is put back."""
-        outputs, seen, weight = dict(self._outputs), copy.copy(self._seen), self.head.weight
+        weight = self.head.weight
         assert isinstance(weight, Tensor)
-        with no_autocast(weight.device):
-            logits = logits_of(self.head, features.to(weight))
-        self._outputs = outputs
-        if self._seen is not None and seen is not None:
-            self._seen._features = seen._features
-        return logits
+        with self._watch.aside(), no_autocast(weight.device):
+            return logits_of(self.head, features.to(weight))
 
     def _depth(self, found: Mapping[str, float]) -> dict[str, float]:
         """What the layers say together."""
@@ -258,11 +213,6 @@ class Monitor:
         self._rows: dict[str, Tensor] = {}  # kept rows [samples, D] by layer, labels under ""
         self._drawn = 0
         self._chance = torch.Generator().manual_seed(0)
-
-
-def _mean(output: Tensor) -> Tensor:
-    """The mean over positions of tokens [N, T, D] and of maps [N, C, …]."""
-    return output.mean(1 if output.ndim == 3 else tuple(range(2, output.ndim)))
 
 
 def _move(index: Tensor, device: torch.device) -> Tensor:

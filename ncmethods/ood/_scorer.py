@@ -251,7 +251,7 @@ def samples(train: Train, name: str) -> FeatureSet:
         train = train.subset(keep)
     if not len(train):
         raise InputError(f"{name} needs at least one training sample, got none.")
-    bad = int((~train.features.isfinite().all(1)).sum())
+    bad = int((~train.features.sum(1).isfinite()).sum())
     if bad:
         raise InputError(f"{bad} training rows hold NaN or Inf. Leave them out, or mend the model.")
     return train
@@ -297,7 +297,8 @@ def from_nearest(z: Tensor, means: Tensor) -> Tensor:
 
     A difference, since the products that find the mean lose digits in collapse.
     """
-    return z - means[(means.square().sum(1) - 2 * (z @ means.T)).argmin(1)]
+    nearest = (means.square().sum(1) - 2 * (z @ means.T)).argmin(1)
+    return z - means.index_select(0, nearest)
 
 
 def head_logits(head: nn.Module, features: Tensor) -> Tensor:

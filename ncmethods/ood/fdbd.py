@@ -62,12 +62,12 @@ def inverse_distances(rows: Tensor) -> Tensor:
     """1 / ‖w_i − w_j‖ [K, K] of float64 rows [K, D]; 0 where they agree to 1e-6 of the largest."""
     same = _SAME * float(rows.norm(dim=1).max())
     rows = rows - rows.mean(0)  # differences stay, and the squares below lose fewer digits
-    half = rows.square().sum(1) / 2
+    lengths = rows.square().sum(1)
     inverse = rows.new_empty(len(rows), len(rows))
-    for i in range(0, len(rows), _BLOCK):  # the lower triangle, and its mirror
+    for i in range(0, len(rows), _BLOCK):  # the upper triangle, and its mirror
         j = min(i + _BLOCK, len(rows))
-        halves = torch.mm(rows[i:], rows[i:j].T).neg_().add_(half[i:, None]).add_(half[i:j])
-        halves[: j - i].fill_diagonal_(0)
-        block = F.threshold(halves, same**2 / 2, torch.inf).mul_(2).rsqrt_()
-        inverse[i:, i:j], inverse[i:j, i:] = block, block.T
+        squares = torch.addmm(lengths[i:], rows[i:j], rows[i:].T, alpha=-2)
+        squares.add_(lengths[i:j, None]).fill_diagonal_(0)
+        block = F.threshold(squares, same**2, torch.inf, inplace=True).rsqrt_()
+        inverse[i:j, i:], inverse[i:, i:j] = block, block.T
     return inverse

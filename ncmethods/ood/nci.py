@@ -58,7 +58,7 @@ class NCI(Scorer):
         """Negative proximities [N]."""
         z = features - self.center.to(features.dtype)
         guess = logits.max(1)[1]  # one pass less than argmax
-        along: Tensor = torch.linalg.vecdot(self.rows.to(z.dtype).index_select(0, guess), z)
+        along: Tensor = self.rows.to(z.dtype).index_select(0, guess).mul_(z).sum(1)
         length: Tensor = torch.linalg.vector_norm(z, dim=1).clamp(min=_NEAR)
         size: Tensor = torch.linalg.vector_norm(features, ord=1, dim=1)
         return -along / length - self.alpha * size

@@ -125,6 +125,8 @@ def labelled(data: FeatureSet) -> FeatureSet:
         )
     keep = data.labels >= 0
     data = data if bool(keep.all()) else data.subset(keep)
+    if data.features.requires_grad:
+        data = FeatureSet(data.features.detach(), data.labels, data.num_classes, data.logits)
     if not len(data):
         raise InputError("There is no labelled row.")
     bad = int((~data.features.isfinite().all(1)).sum())
@@ -136,7 +138,10 @@ def labelled(data: FeatureSet) -> FeatureSet:
 
 
 def min_max(pool: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Components of every candidate scaled to [0, 1] over the pool; NaN where all are equal.
+    """Components of every candidate scaled to [0, 1] over the pool.
+
+    NaN where all are equal to rounding. A candidate whose component is NaN does not touch the
+    others.
 
     Raises:
         InputError: fewer than two candidates.
@@ -146,16 +151,11 @@ def min_max(pool: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Ten
             f"A pool-level score compares candidates: at least two, got {len(pool)}. Its raw "
             "components are those of score.components(data)."
         )
-    names = next(iter(pool.values())).keys()
-    low, high = (
-        {c: fn(float(parts[c]) for parts in pool.values()) for c in names} for fn in (min, max)
-    )
-    return {
-        name: {
-            c: (parts[c] - low[c]) / (high[c] - low[c])
-            if high[c] > low[c]
-            else parts[c] * torch.nan
-            for c in names
-        }
-        for name, parts in pool.items()
-    }
+    scaled: dict[str, dict[str, Tensor]] = {name: {} for name in pool}
+    for c in next(iter(pool.values())):
+        known = [float(parts[c]) for parts in pool.values() if not bool(parts[c].isnan())]
+        low, high = (min(known), max(known)) if known else (0.0, 0.0)
+        flat = not high - low > 1e-12 * max(abs(low), abs(high))
+        for name, parts in pool.items():
+            scaled[name][c] = parts[c] * torch.nan if flat else (parts[c] - low) / (high - low)
+    return scaled

@@ -22,6 +22,7 @@ from ncmethods.viz.figures import (
     scatter,
     spectrum,
 )
+from ncmethods.viz.incremental import accuracy_matrix, session_curves
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
 from ncmethods.viz.run import (
     comparison_page,
@@ -31,6 +32,7 @@ from ncmethods.viz.run import (
     write_comparison,
 )
 from ncmethods.viz.tables import ACCURACY, GEOMETRY, PANELS, paired, summary, text_table
+from ncmethods.viz.transfer import accuracy_scatter, depth_curves, rank_heatmap, score_intervals
 
 __all__ = [
     "ACCURACY",
@@ -42,6 +44,8 @@ __all__ = [
     "Section",
     "Table",
     "Text",
+    "accuracy_matrix",
+    "accuracy_scatter",
     "auroc_heatmap",
     "class_accuracy",
     "class_comparison",
@@ -52,6 +56,7 @@ __all__ = [
     "confusion",
     "contact_sheet",
     "cosine_heatmap",
+    "depth_curves",
     "draw_run",
     "html_report",
     "layer_heatmap",
@@ -59,11 +64,14 @@ __all__ = [
     "nc_curves",
     "paired",
     "projection",
+    "rank_heatmap",
     "roc_curves",
     "run_figures",
     "run_page",
     "scatter",
     "score_histogram",
+    "score_intervals",
+    "session_curves",
     "spectrum",
     "summary",
     "text_table",

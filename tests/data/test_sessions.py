@@ -328,8 +328,8 @@ def cifar_like():
 def test_index_lists_of_topic(tmp_path):
     schedule = ClassSchedule(65, 60, 5, seed=None)
     (tmp_path / "session_2.txt").write_text("\n".join(map(str, TOPIC)) + "\n")
-    for given in (tmp_path, [tmp_path / "session_2.txt"], [TOPIC], [np.array(TOPIC)]):
-        stream = ClassIncremental(cifar_like(), schedule, shot_indices=given)
+    for listed in (tmp_path, [tmp_path / "session_2.txt"], [TOPIC], [np.array(TOPIC)]):
+        stream = ClassIncremental(cifar_like(), schedule, shot_indices=listed)
         assert stream[1].train_indices.tolist() == TOPIC
         assert torch.bincount(stream[1].train_labels)[60:].tolist() == [5] * 5
         assert len(stream[0].train_indices) == 50_000 - 25
@@ -400,7 +400,9 @@ def test_ordered_tail():
 
 
 def test_shuffled_tail():
-    stream = ClassIncremental(balanced(), ClassSchedule(100, 50, 10), imbalance=100, tail="shuffled")
+    stream = ClassIncremental(
+        balanced(), ClassSchedule(100, 50, 10), imbalance=100, tail="shuffled"
+    )
     sizes = data.long_tail_counts(500, 100, 100)
     by_arrival = torch.bincount(torch.cat([s.train_labels for s in stream])).tolist()
     assert by_arrival[:10] == [sizes[r] for r in ORDER_2023[0]]

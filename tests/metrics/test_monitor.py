@@ -327,11 +327,11 @@ def test_nothing_waits_for_the_device_and_nothing_keeps_the_graph():
     with metrics.Monitor(net, 3, layers=["a", "b", "head"], samples=6) as monitor:
         for _ in range(3):
             net(x)
-            assert not any(z.requires_grad for z in monitor._outputs.values())
+            assert not any(z.requires_grad for z in monitor._watch._outputs.values())
             with Reads():
                 monitor.update(y)
-        assert monitor._seen._features is None
-        assert not monitor._outputs
+        assert monitor._watch._seen._features is None
+        assert not monitor._watch._outputs
         with pytest.raises(AssertionError), Reads():
             monitor.stats["a"].counts.sum().item()  # the check can fail
     assert all(z.shape[0] == 6 and not z.requires_grad for z in monitor._rows.values())

@@ -1,0 +1,86 @@
+"""Figures of incremental learning: accuracy over sessions, and the matrix of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ncmethods._core import InputError
+from ncmethods.viz.figures import COLORS, INK, SMALL, STYLES, TITLE, _figure, _heatmap, _legend
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["accuracy_matrix", "session_curves"]
+
+
+def session_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    classes: Sequence[int],
+    *,
+    label: str = "accuracy over seen classes",
+    title: str = "",
+) -> Figure:
+    """A measure after each session: mean line of each method, and the band of its runs.
+
+    Args:
+        curves: method → one curve for each run, of one value per session.
+        classes: classes seen after each session.
+        label: of the measure.
+        title: of the figure.
+
+    Raises:
+        InputError: no curve, or curves of another length.
+    """
+    if not curves or any(len(c) != len(classes) for of in curves.values() for c in of):
+        raise InputError(f"Each curve needs one value for each of the {len(classes)} sessions.")
+    figure, axes = _figure(3.0, legend=len(curves))
+    lines: dict[str, Any] = {}
+    for i, (method, of) in enumerate(curves.items()):
+        runs = torch.tensor([list(map(float, c)) for c in of], dtype=torch.float64)
+        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        mean = runs.nanmean(0).tolist()
+        (lines[method],) = axes.plot(
+            classes, mean, color=color, linestyle=style, marker="o", markersize=3, linewidth=1.5
+        )
+        if len(runs) > 1:
+            low, high = runs.amin(0).tolist(), runs.amax(0).tolist()
+            axes.fill_between(classes, low, high, color=color, alpha=0.12, linewidth=0)
+    axes.set_xticks(list(classes))
+    axes.set_xlabel("classes seen", fontsize=SMALL, color=INK)
+    axes.set_ylabel(label, fontsize=SMALL, color=INK)
+    axes.set_title(title, fontsize=TITLE, color=INK)
+    _legend(figure, lines)
+    return figure
+
+
+def accuracy_matrix(matrix: Tensor, *, title: str = "") -> Figure:
+    """Accuracy on the classes of each task (columns) after each session (rows), per cent.
+
+    Args:
+        matrix: R, [sessions, tasks] in [0, 1]; NaN above the diagonal.
+        title: of the figure.
+    """
+    from matplotlib.colors import Normalize
+
+    values = 100 * matrix.double()
+    T = len(values)
+    small = T <= 12
+    figure, axes, _ = _heatmap(
+        values,
+        norm=Normalize(0, 100),
+        cmap="viridis",
+        bar="accuracy, per cent",
+        cell="{:.0f}".format if small else None,
+        height=4.2,
+    )
+    ticks = list(range(T)) if small else list(range(0, T, -(-T // 10)))
+    axes.set_xticks(ticks, [str(t) for t in ticks], fontsize=SMALL)
+    axes.set_yticks(ticks, [str(t) for t in ticks], fontsize=SMALL)
+    axes.set_xlabel("classes of session", fontsize=SMALL, color=INK)
+    axes.set_ylabel("after session", fontsize=SMALL, color=INK)
+    axes.set_title(title, fontsize=TITLE, color=INK)
+    return figure
