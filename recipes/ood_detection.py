@@ -2,6 +2,7 @@
 
     ncmethods ood
     ncmethods ood --run runs/long-tailed/ce/seed0 --ood digits gratings
+    ncmethods ood --data.profile exp --data.imbalance 100   # false alarms among rare classes
     ncmethods ood --methods ce l2 oe separation --scorers msp energy feature-norm separation
     ncmethods ood --methods ce etf-dr --scorers neco knn mahalanobis++ --alpha 0.01
 
@@ -87,6 +88,9 @@ COLUMNS = {
     "far FPR95, OOD": ("far/fpr95_ood", 100, 1),
     "far FPR95, ID": ("far/fpr95_id", 100, 1),
     "false alarms": ("false_alarms", 100, 1),
+    "of many": ("false_alarms/many", 100, 1),
+    "of medium": ("false_alarms/medium", 100, 1),
+    "of few": ("false_alarms/few", 100, 1),
     "near found": ("near/found", 100, 1),
     "far found": ("far/found", 100, 1),
 }
@@ -166,6 +170,9 @@ def measured(sets: Sets, scores: Mapping[str, Tensor], alpha: float) -> dict[str
         n = torch.bincount(labels, minlength=sets.test.num_classes)
         wrong = torch.bincount(labels[alarms], minlength=len(n)) / n
         row["false_alarms/worst_class"] = float(wrong.max())
+        if len(set(sets.run.counts.tolist())) > 1:  # who is frequent matters
+            for group, classes in sets.run.data["groups"].items():
+                row[f"false_alarms/{group}"] = float(wrong[classes].mean()) if classes else None
     for name, s in outside.items():
         row[f"{name}/found"] = float(flag(s).double().mean())
     for kind, names in (("near", list(sets.near)), ("far", list(sets.far))):
