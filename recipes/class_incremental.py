@@ -99,7 +99,14 @@ class Learner:
         if config.total is not None:
             size = {"total": config.total}
         self.memory = Memory(**size, select=config.select, seed=seed)
-        K = config.capacity or self.schedule.num_classes
+        K, arrive = config.capacity or self.schedule.num_classes, self.schedule.num_classes
+        if config.total is not None and config.total < arrive:
+            raise InputError(f"A memory of total={config.total} has no place for {arrive} classes.")
+        if self.method.head == "etf" and self.method.policy != "expand" and arrive > K:
+            raise InputError(
+                f"{arrive} classes arrive and there are {K} vertices: raise --capacity, or take "
+                "etf-dr-expand."
+            )
         # Cosines of the size that the first session would need among all vertices.
         self.scale = (K - 1) / K * math.log(99 * (K - 1))
         rng = torch.Generator().manual_seed(seed)

@@ -44,7 +44,7 @@ from ncmethods.training import Method, TrainConfig, jobs_of, sweep
 from ncmethods.viz import Details, Heading, Image, Section, Table, Text
 
 DEFAULT = ("ncti", "logme", "h_score", "gbc", "parc", "cdnv", "nc1", "leep")
-DEMO_LAYERS = ("backbone.blocks.1", "backbone.blocks.2", "head")
+DEMO_LAYERS = ("blocks.1", "blocks.2", "head")
 
 
 @dataclass(frozen=True)
@@ -239,19 +239,24 @@ def calibrated(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], devic
     model.eval()
 
 
-def layers_of(model: nn.Module, wanted: Sequence[str], name: str) -> list[str]:
-    """Those of the wanted layers that a model has.
+def layers_of(model: nn.Module, wanted: Sequence[str], name: str) -> dict[str, str]:
+    """Those of the wanted layers that a model has, and their names in it.
+
+    What stands under ``backbone.`` in a run is found without that.
 
     Raises:
         InputError: none of them; the nearest names are listed.
     """
-    known = ["head", *(n for n, _ in unwrap(model).named_modules() if n)]
-    found = [layer for layer in wanted if layer in known]
+    inside = [n.removeprefix("backbone.") for n, _ in unwrap(model).named_modules() if n]
+    whole = dict(zip(inside, (n for n, _ in unwrap(model).named_modules() if n)))
+    known = whole | {n: n for n in whole.values()} | {"head": "head"}
+    found = {layer: known[layer] for layer in wanted if layer in known}
     if not found:
-        near = difflib.get_close_matches(wanted[0], known, n=8, cutoff=0.3) or known[:8]
+        near = difflib.get_close_matches(wanted[0], ["head", *inside], n=8, cutoff=0.3)
+        stages = [n for n in ("head", *inside) if "." not in n]
         raise InputError(
-            f"{name} has no layer {', '.join(wanted)}. Near it: {', '.join(near)}; its stages: "
-            f"{', '.join(n for n in known if n.count('.') == 0)}."
+            f"{name} has no layer {', '.join(wanted)}. Near it: {', '.join(near or stages)}. Its "
+            f"stages: {', '.join(dict.fromkeys(stages))}."
         )
     return found
 
@@ -274,7 +279,7 @@ def extracted(name: str, config: Transferability, target: Target, device: Any) -
     model = one.model.eval()
     layers = layers_of(model, config.layers or ("head",), name)
     if one.has_classes and "head" in layers:
-        layers.append("logits")
+        layers["logits"] = "logits"
     key = {
         "model": name,
         "weights": hash_of(model.state_dict()),
@@ -295,9 +300,10 @@ def extracted(name: str, config: Transferability, target: Target, device: Any) -
         if one.calibrate:
             calibrated(model, target.batches(one.see, config.batch_size), device)
         batches = target.batches(one.see, config.batch_size)
-        found = extract_layers(model, batches, missing, target.images.num_classes)
+        wanted = [layers[layer] for layer in missing]
+        found = extract_layers(model, batches, wanted, target.images.num_classes)
         write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
-        for layer, rows in found.items():
+        for layer, rows in zip(missing, found.values()):
             FeatureSet(rows.features, rows.labels, rows.num_classes).save(paths[layer])
     return Extracted(paths, sum(p.numel() for p in model.parameters()), one.source_accuracy)
 
@@ -398,6 +404,18 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def shown_intervals(ranking: transfer.Ranking, score: str) -> dict[str, tuple[float, float]]:
+    """Intervals about the values.
+
+    A bootstrap sample holds images twice, which makes classes look tighter than they are, so that
+    its scores lie above the value: what it tells is the width.
+    """
+    if score in transfer.BASELINES:
+        return ranking.intervals[score]
+    half = {name: (high - low) / 2 for name, (low, high) in ranking.intervals[score].items()}
+    return {name: (v - half[name], v + half[name]) for name, v in ranking.values[score].items()}
+
+
 def write(
     ranking: transfer.Ranking, known: Mapping[str, float] | None, config: Transferability
 ) -> None:
@@ -437,7 +455,7 @@ def write(
     figures = {"ranks": viz.rank_heatmap({s: ranks[s] for s in scored}, ranking.candidates)}
     for score in ranking.intervals:
         figures[f"intervals/{score}"] = viz.score_intervals(
-            ranking.values[score], ranking.intervals[score], title=score
+            ranking.values[score], shown_intervals(ranking, score), title=score
         )
     if depth:
         figures["depth"] = viz.depth_curves(depth)
@@ -468,7 +486,7 @@ def write(
         ]
     sections.append(Heading("Intervals"))
     for score in ranking.intervals:
-        kind = "binomial" if score in transfer.BASELINES else "bootstrap"
+        kind = "binomial" if score in transfer.BASELINES else "as wide as over bootstrap samples"
         caption = f"{score} with its 95 % interval, {kind}."
         sections.append(Image(figures[f"intervals/{score}"], caption))
     sections += [Details("Settings", settings), Details("Command", str(record["command"]))]

@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ncmethods import heads
 from ncmethods._core import InputError
-from ncmethods.features import FeatureSet, accumulate, capture, extract
+from ncmethods.features import (
+    FeatureSet,
+    LayerWatch,
+    accumulate,
+    capture,
+    extract,
+    extract_layers,
+)
 from ncmethods.stats import ClassStats
 
 
@@ -220,6 +227,135 @@ def test_accumulate_equals_extract(data, build):
     assert torch.equal(flat.trace[:4], want.trace)
     with pytest.raises(InputError, match="no scatter"):
         flat.within  # noqa: B018
+
+
+def test_accumulate_keeps_what_is_asked_for(data):
+    """Class variances against numpy, and the sums for shrinkage against the definition."""
+    model, loader = mlp(), batches(*data)
+    x, y = extract(model, loader).features.double(), data[1]
+    plain = accumulate(model, loader)
+    with pytest.raises(InputError, match="variances=True"):
+        plain.variances  # noqa: B018
+    got = accumulate(model, loader, variances=True, shrinkage=True)
+    for c in range(4):
+        torch.testing.assert_close(
+            got.variances[c].numpy(), x[y == c].numpy().var(0), rtol=1e-5, atol=1e-9
+        )
+    fourth = (x - x.mean(0)).square().sum(1).square().sum()
+    torch.testing.assert_close(got.fourth, fourth, rtol=1e-5, atol=0)
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+class Maps(nn.Module):
+    """Maps, tokens, and a classifier; counts its forward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+        self.relu = nn.ReLU(inplace=True)  # overwrites what stem gave
+        self.tokens = nn.Linear(5, 7)
+        self.fc = nn.Linear(7, 11)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        x = self.relu(self.stem(x))
+        x = self.tokens(x.flatten(2).mT)
+        return self.fc(x.mean(1))
+
+
+def pictures(n=9):
+    noise = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 6, 6, generator=noise), torch.arange(n) % 4
+
+
+def test_extract_layers_equals_plain_code_in_one_pass():
+    model, (x, y) = Maps(), pictures()
+    model(x)  # running statistics of its own
+    model.passes = 0
+    layers = ["fc", "stem", "logits", "tokens", "head"]
+    got = extract_layers(model, batches(x, y, 4), layers, 4)
+    assert model.passes == 3
+    assert model.training
+    assert list(got) == layers
+    model.eval()
+    with torch.no_grad():
+        maps = model.stem(x).clone()
+        tokens = model.tokens(maps.relu().flatten(2).mT)
+        logits = model.fc(tokens.mean(1))
+    want = {
+        "stem": maps.mean((2, 3)),
+        "tokens": tokens.mean(1),
+        "head": tokens.mean(1),
+        "fc": logits,
+        "logits": logits,
+    }
+    for layer, rows in got.items():
+        torch.testing.assert_close(rows.features, want[layer])
+        assert torch.equal(rows.labels, y)
+        assert rows.num_classes == 4
+        assert rows.logits is None  # eleven classes, and the data has four
+    flat = extract_layers(model, batches(x, y), ["stem"], 4, pool=lambda m: m.flatten(1))
+    torch.testing.assert_close(flat["stem"].features, maps.flatten(1))
+    one = extract_layers(model, [x], ["head"])["head"]
+    assert one.labels is None
+    torch.testing.assert_close(one.logits, logits)  # K is taken from the logits
+
+
+@pytest.mark.parametrize("build", [mlp, classifier])
+def test_head_among_the_layers_is_what_extract_gives(data, build):
+    model, loader = build(), batches(*data)
+    want = extract(model, loader)
+    inner = "0" if build is mlp else "backbone.0"
+    got = extract_layers(model, loader, ["head", inner])
+    assert torch.equal(got["head"].features, want.features)
+    assert torch.equal(got["head"].logits, want.logits)
+    first = dict(model.named_modules())[inner]
+    torch.testing.assert_close(got[inner].features, first(data[0]).detach())
+
+
+def test_layers_of_a_shard():
+    x, y = torch.arange(7 * 6.0).view(7, 6), torch.arange(7) % 4
+    net = nn.Sequential(nn.Identity(), nn.Linear(6, 4))
+    rows = []
+    for rank in range(2):
+        sampler = DistributedSampler(TensorDataset(x, y), 2, rank, shuffle=False)
+        loader = DataLoader(TensorDataset(x, y), batch_size=3, sampler=sampler)
+        rows.append(extract_layers(net, loader, ["0"])["0"].features)
+    together = torch.cat(rows)
+    assert torch.equal(together[together[:, 0].argsort()], x)
+
+
+def test_layers_that_cannot_be_had(data):
+    model, loader = mlp(), batches(*data)
+    for layers, words in [
+        ([], "at least one layer"),
+        (["head", "head"], "each once"),
+        (["0", "o"], "Unknown layer 'o'"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            extract_layers(model, loader, layers)
+    with pytest.raises(InputError, match="no batch"):
+        extract_layers(model, [], ["0"])
+    skips = Maps()
+    skips.spare = nn.Identity()
+    with pytest.raises(InputError, match="has reached spare"):
+        extract_layers(skips, batches(*pictures()), ["spare"])
+    assert not any(m._forward_hooks for m in (*model.modules(), *skips.modules()))
+
+
+def test_what_runs_aside_leaves_no_trace(data):
+    x, _ = data
+    model = mlp().eval()
+    with LayerWatch(model, ["0", "head"]) as watch:
+        model(x)
+        with watch.aside():
+            model(x + 1)
+        seen = watch.take()
+        torch.testing.assert_close(seen["0"], model[0](x).detach())
+        torch.testing.assert_close(seen["head"], model[:-1](x).detach())
 
 
 class Watcher(nn.Module):

