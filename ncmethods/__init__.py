@@ -15,6 +15,7 @@ _ROOMS = (
     "features",
     "frames",
     "heads",
+    "incremental",
     "integrations",
     "losses",
     "metrics",
@@ -24,6 +25,7 @@ _ROOMS = (
     "testing",
     "tracking",
     "training",
+    "transfer",
     "viz",
 )
 

@@ -111,7 +111,7 @@ class FrozenStats:
 
     @property
     def center(self) -> Tensor:
-        """The mean rounded to float32, [D]: features less it are differences in float32 too."""
+        """The mean rounded to float32 [D]; features less it are differences in float32 too."""
         return self.mean.float().double()
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -528,7 +528,7 @@ class List:
 
 def list_names(_: List) -> None:
     """Run ``ncmethods list``."""
-    from ncmethods import data, losses, ood
+    from ncmethods import data, losses, ood, transfer
     from ncmethods.data import PROTOCOLS
     from ncmethods.data.datasets import OWN_TAIL
     from ncmethods.training.config import HEADS
@@ -543,6 +543,7 @@ def list_names(_: List) -> None:
         if hasattr(recipe, "METHODS"):
             print(f"methods of {command}: {', '.join(recipe.METHODS)}")
     print("scorers: ", ", ".join(ood.SCORERS))
+    print("scores:  ", ", ".join(transfer.SCORES))
     print("protocols:", ", ".join(PROTOCOLS))
 
 

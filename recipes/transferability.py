@@ -123,11 +123,14 @@ class Target:
         """Of pixels and labels."""
         return hash_of({"images": self.images.images, "labels": self.images.labels})
 
-    def batches(self, see: Seen, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images as the model saw its own, and labels, in order."""
+    def batches(
+        self, see: Seen, size: int, rows: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as the model saw its own, and labels, in order or at ``rows``."""
         mean, std = (torch.tensor(v)[:, None, None] for v in (see.mean, see.std))
-        for rows in torch.arange(len(self.images)).chunk(-(-len(self.images) // size)):
-            part = self.images.subset(rows)
+        rows = torch.arange(len(self.images)) if rows is None else rows
+        for some in rows.chunk(-(-len(rows) // size)):
+            part = self.images.subset(some)
             yield (fitted(part.images, see.shape) / 255 - mean) / std, part.labels
 
 
@@ -177,7 +180,7 @@ def subject(name: str, config: Transferability, target: Target) -> Subject:
     base, _, given = name.partition("=")
     weights = None if given == "random" else given or config.weights
     channels, *_, side = target.images.images.shape[1:]
-    accuracy, bare = None, False
+    accuracy, has_classes = None, weights is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if base.startswith("efficientnet-lite") and base in models.BACKBONES:
@@ -189,9 +192,12 @@ def subject(name: str, config: Transferability, target: Target) -> Subject:
                     f"or {base}=random for a control."
                 )
             backbone: Any = models.build(base, in_channels=channels, weights=weights)
-            model, bare = heads.Classifier(backbone, nn.Linear(backbone.num_features, 2)), True
-        elif ":" in base:
+            model = heads.Classifier(backbone, nn.Linear(backbone.num_features, 2))
+            has_classes = False
+        elif base.startswith(("torchvision:", "timm:")):
             model = models.build(base, weights=weights)
+        elif ":" in base:  # package.module:factory, which has its own weights
+            model = models.build(base, weights=weights if given else None)
         else:
             raise InputError(
                 f"{name} is not a run directory (OUT/<method>/seed<k>) or a file, and otherwise a "
@@ -206,7 +212,7 @@ def subject(name: str, config: Transferability, target: Target) -> Subject:
         see = Seen(spec.mean, spec.std, resized((3, spec.size, spec.size), config.size))
     if base.startswith("torchvision:") and weights:
         accuracy = imagenet_accuracy(base.partition(":")[2], weights)
-    return Subject(model, see, not bare and weights is not None, weights is None, accuracy)
+    return Subject(model, see, has_classes, weights is None, accuracy)
 
 
 def resized(shape: tuple[int, int, int], size: int | None) -> tuple[int, int, int]:
@@ -234,7 +240,7 @@ def calibrated(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], devic
         norm.momentum = None  # the plain mean over batches
         norm.train()
     with torch.no_grad():
-        for _, (x, _y) in zip(range(4), batches):
+        for x, _ in batches:
             model(x.to(device))
     model.eval()
 
@@ -245,20 +251,22 @@ def layers_of(model: nn.Module, wanted: Sequence[str], name: str) -> dict[str, s
     What stands under ``backbone.`` in a run is found without that.
 
     Raises:
-        InputError: none of them; the nearest names are listed.
+        InputError: none of them.
     """
-    inside = [n.removeprefix("backbone.") for n, _ in unwrap(model).named_modules() if n]
-    whole = dict(zip(inside, (n for n, _ in unwrap(model).named_modules() if n)))
-    known = whole | {n: n for n in whole.values()} | {"head": "head"}
+    names = [n for n, _ in unwrap(model).named_modules() if n]
+    known = {n.removeprefix("backbone."): n for n in names} | {n: n for n in names}
+    known["head"] = "head"
     found = {layer: known[layer] for layer in wanted if layer in known}
     if not found:
-        near = difflib.get_close_matches(wanted[0], ["head", *inside], n=8, cutoff=0.3)
-        stages = [n for n in ("head", *inside) if "." not in n]
-        raise InputError(
-            f"{name} has no layer {', '.join(wanted)}. Near it: {', '.join(near or stages)}. Its "
-            f"stages: {', '.join(dict.fromkeys(stages))}."
-        )
+        raise InputError(no_layer(wanted[0], model, name))
     return found
+
+
+def no_layer(layer: str, model: nn.Module, name: str) -> str:
+    """That a model has no such layer, and which it has near it."""
+    inside = [n.removeprefix("backbone.") for n, _ in unwrap(model).named_modules() if n]
+    near = difflib.get_close_matches(layer, inside, n=8, cutoff=0.3) or inside[:8]
+    return f"{name} has no layer {layer}. Near it: {', '.join(near)}."
 
 
 class Extracted(NamedTuple):
@@ -278,6 +286,9 @@ def extracted(name: str, config: Transferability, target: Target, device: Any) -
     one = subject(name, config, target)
     model = one.model.eval()
     layers = layers_of(model, config.layers or ("head",), name)
+    for layer in config.layers:
+        if len(config.models) == 1 and layer not in layers:
+            raise InputError(no_layer(layer, model, name))
     if one.has_classes and "head" in layers:
         layers["logits"] = "logits"
     key = {
@@ -285,7 +296,7 @@ def extracted(name: str, config: Transferability, target: Target, device: Any) -
         "weights": hash_of(model.state_dict()),
         "target": target.digest,
         "see": [list(one.see.mean), list(one.see.std), list(one.see.shape)],
-        "calibrated": config.batch_size if one.calibrate else 0,
+        "calibrated": [config.batch_size, config.seed] if one.calibrate else [],
         "ncmethods": __version__,
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
@@ -298,7 +309,9 @@ def extracted(name: str, config: Transferability, target: Target, device: Any) -
         print(f"{name}: {len(target.images)} images as {C}×{H}×{W}, {', '.join(missing)}")
         model.to(device)
         if one.calibrate:
-            calibrated(model, target.batches(one.see, config.batch_size), device)
+            rng = torch.Generator().manual_seed(config.seed)
+            some = torch.randperm(len(target.images), generator=rng)[:256]
+            calibrated(model, target.batches(one.see, config.batch_size, some), device)
         batches = target.batches(one.see, config.batch_size)
         wanted = [layers[layer] for layer in missing]
         found = extract_layers(model, batches, wanted, target.images.num_classes)
@@ -317,28 +330,31 @@ def loaded(path: Path, config: Transferability) -> FeatureSet:
     return FeatureSet(rows.features[keep], rows.labels[keep], rows.num_classes)
 
 
-def pool_of(named: Mapping[str, str], config: Transferability) -> dict[str, transfer.Candidate]:
+def pool_of(
+    named: Mapping[str, str], config: Transferability, device: Any
+) -> dict[str, transfer.Candidate]:
     """Every candidate by name; features are read from disk when their turn comes."""
     target: Target | None = None
     pool: dict[str, transfer.Candidate] = {}
-    with training.process(config.device) as here:
-        for name, model in named.items():
-            if Path(model).is_file():
-                pool[name] = transfer.Candidate(partial(loaded, Path(model), config))
+    for name, model in named.items():
+        if Path(model).is_file():
+            pool[name] = transfer.Candidate(partial(loaded, Path(model), config))
+            continue
+        target = target or Target(config)
+        of = extracted(model, config, target, device)
+        logits = FeatureSet.load(of.paths["logits"]).features if "logits" in of.paths else None
+        for layer, path in of.paths.items():
+            if layer == "logits":
                 continue
-            target = target or Target(config)
-            of = extracted(model, config, target, here.device)
-            logits = FeatureSet.load(of.paths["logits"]).features if "logits" in of.paths else None
-            for layer, path in of.paths.items():
-                if layer == "logits":
-                    continue
-                shown = f"{name}@{layer}" if config.layers else name
-                pool[shown] = transfer.Candidate(
-                    partial(FeatureSet.load, path),
-                    source_logits=logits if layer == "head" else None,
-                    source_accuracy=None if config.layers else of.source_accuracy,
-                    parameters=None if config.layers else of.parameters,
-                )
+            pool[f"{name}@{layer}" if config.layers else name] = transfer.Candidate(
+                partial(FeatureSet.load, path),
+                source_logits=logits if layer == "head" else None,
+                source_accuracy=None if config.layers else of.source_accuracy,
+                parameters=None if config.layers else of.parameters,
+            )
+    for layer in config.layers:
+        if target and not any(name.endswith(f"@{layer}") for name in pool):
+            raise InputError(f"None of the models has a layer {layer}.")
     return pool
 
 
@@ -352,7 +368,7 @@ def small_networks(config: Transferability) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in ("fashion-mini", "glyphs-mini"):
         tail = TailConfig(source, profile="natural")
-        runs = sweep(
+        sweep(
             jobs_of(["ce"], {"ce": Method("linear", ce)}, tail, [config.seed]),
             [config.seed],
             cache(TailConfig.load),
@@ -361,7 +377,7 @@ def small_networks(config: Transferability) -> dict[str, str]:
             out=config.out / "sources" / source,
             wandb=False,
         )
-        found[source] = str(runs["ce"][0][0])
+        found[source] = str(config.out / "sources" / source / "ce" / f"seed{config.seed}")
     return found | {"untrained": "small_cnn=random"}
 
 
@@ -522,13 +538,16 @@ def main(config: Transferability) -> None:
     if not named:
         named = small_networks(config)
         config = replace(config, layers=config.layers or DEMO_LAYERS, size=config.size or 28)
-    pool = pool_of(named, config)
-    known = config.accuracies and accuracies_of(config.accuracies, list(pool))
-    ranking = transfer.rank(
-        pool,
-        [score for score in config.scores if score not in transfer.BASELINES],
-        pca=config.pca or None,
-        bootstrap=config.bootstrap,
-        seed=config.seed,
-    )
-    write(ranking, known or None, config)
+    with training.process(config.device) as here:
+        if not here.first:
+            return
+        pool = pool_of(named, config, here.device)
+        known = config.accuracies and accuracies_of(config.accuracies, list(pool))
+        ranking = transfer.rank(
+            pool,
+            [score for score in config.scores if score not in transfer.BASELINES],
+            pca=config.pca or None,
+            bootstrap=config.bootstrap,
+            seed=config.seed,
+        )
+        write(ranking, known or None, config)

@@ -220,8 +220,8 @@ def measure(out: Path, seeds: list[int]) -> None:
 def tables() -> str:
     """Accuracies, then weighted τ and regret of each score."""
     rows = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-    sets = list(dict.fromkeys(r["set"] for r in rows))
     of = {(r["set"], r["candidate"]): r for r in rows}
+    sets = [s for s in SETS if all((s, c) in of for c in CANDIDATES)]
     truths = {
         "probe": lambda r: r["probe"],
         "tuned": lambda r: statistics.fmean(r["tuned"]),

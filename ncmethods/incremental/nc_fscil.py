@@ -29,7 +29,7 @@ class Finetune:
     balance: str = "batch"
     """As in losses.dot_regression; "batch" is the authors' longer targets for rare classes."""
     mix: float = 0.0
-    """Probability of mixing the projected features of a batch in halves (CIFAR: 0.75)."""
+    """Probability of mixing the projected features of a batch in halves, on CIFAR 0.75."""
     warmup: int = 5
     """Steps of linear warm-up from a tenth."""
     cooldown: int = 5

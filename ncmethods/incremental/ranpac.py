@@ -20,7 +20,7 @@ PENALTIES = tuple(10.0**k for k in range(-8, 9))
 class RanPAC(nn.Module):
     """Classifier of frozen features: ReLU(h P) with a fixed random P, then ridge regression.
 
-    ``update`` takes the samples of a session; what is kept is the :class:`ClassStats` of the
+    ``update`` takes the samples of a session; what is kept is the :class:`~ncmethods.stats.ClassStats` of the
     projected features, width² numbers whatever N, so that the classifier does not depend on the
     order of the sessions, except for the penalty. That is chosen anew in each session, by the
     squared error on a fifth of its samples.

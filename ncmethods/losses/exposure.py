@@ -37,7 +37,7 @@ def outlier_exposure(outlier_logits: Tensor) -> Tensor:
 def separation(
     features: Tensor, labels: Tensor, weight: Tensor, outlier_features: Tensor
 ) -> Tensor:
-    """mean_outliers Σ_c |cos(h, w_c)| − mean_i cos(h_i, w_{y_i}): outliers leave the span of W.
+    """Mean of Σ_c abs cos(h, w_c) over outliers − mean cos(h_i, w_{y_i}): outliers leave span W.
 
     −1 where features lie on their rows and outliers are orthogonal to all. The rows are detached:
     features move, the classifier does not. A zero feature has no direction; its cosines are 0.

@@ -14,7 +14,7 @@ __all__ = ["Separation"]
 
 
 class Separation(Scorer):
-    """−Σ_c |cos(h, w_c)| − max_c softmax(l)_c.
+    """−Σ_c abs cos(h, w_c) − max_c softmax(l)_c.
 
     Low on the rows (−2 − p on those of a simplex ETF, for any K), high for what is orthogonal to
     all of them: −1/K for a feature of length zero without a bias. Made for networks that were

@@ -98,7 +98,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """L2 penalty on all trained parameters."""
     backbone_lr: float = 1.0
-    """Factor on both for the backbone: under 1 for one that has been trained before."""
+    """Factor on both for the backbone, under 1 for one that has been trained before."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"

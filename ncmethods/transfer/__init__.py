@@ -1,8 +1,8 @@
 """Transferability: how well will a pretrained model do on my data? Higher = better transfer.
 
 A score whose first argument is ``stats`` is computed from moments, one whose first argument is
-``data`` from samples. :data:`etran`, :data:`face_pool` and :data:`ncti` are pool-level: their
-values depend on the other candidates. :func:`rank` puts any of them side by side.
+``data`` from samples. ``etran``, ``face_pool`` and ``ncti`` are pool-level: their values depend on
+the other candidates. :func:`rank` puts any of them side by side.
 """
 
 from ncmethods.transfer._inputs import PoolScore

@@ -61,11 +61,11 @@ class Ranking:
     values: dict[str, dict[str, float]]
     """Score → candidate → value; NaN where it is not defined."""
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    """95 % intervals: of baselines binomial (Wilson), of scores over bootstrap samples."""
+    """Intervals of 95 %, of baselines binomial (Wilson), of scores over bootstrap samples."""
     first: dict[str, dict[str, float]] = field(default_factory=dict)
     """Share of the bootstrap samples in which the candidate came first."""
     components: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Of pool-level scores: score → candidate → raw component, which no pool changes."""
+    """Raw components of pool-level scores, which no pool changes, by score and candidate."""
     warnings: tuple[str, ...] = ()
     """What stands against these numbers."""
 

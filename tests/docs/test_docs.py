@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ncmethods
-from ncmethods import cli, frames, heads, losses, metrics, ood
+from ncmethods import cli, frames, heads, losses, metrics, ood, transfer
 from ncmethods.features import FeatureSet
 from ncmethods.stats import ClassStats
 
@@ -112,7 +112,7 @@ def front_matter(card: Path) -> list[str]:
 
 
 def methods() -> list[str]:
-    """What needs a card: frames, head builders, loss functions, scorers and recipes."""
+    """What needs a card: frames, head builders, loss functions, scorers, scores and recipes."""
 
     def is_builder(f) -> bool:
         return inspect.isfunction(f) and list(inspect.signature(f).parameters)[:2] == [
@@ -128,6 +128,7 @@ def methods() -> list[str]:
     names += [f"losses.{n}" for n in losses.__all__ if inspect.isfunction(getattr(losses, n))]
     names += [f"ood.{n}" for n, one in vars(ood).items() if n in ood.__all__ and is_scorer(one)]
     names += ["ood.Threshold", "ood.benjamini_hochberg", "ood.Detector"]
+    names += [f"transfer.{n}" for n in (*transfer.SCORES, "few_shot_cdnv", "logme_regression")]
     return names + [f"recipes.{p.stem}" for p in sorted((ROOT / "recipes").glob("[a-z]*.py"))]
 
 
@@ -202,7 +203,8 @@ def test_named_files_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_named_attributes_exist(page):
     """`heads.etf_head` and the like, in running text, are names that can be imported."""
-    rooms = "data|features|frames|heads|losses|metrics|models|stats|testing|tracking|training|viz"
+    rooms = "data|features|frames|heads|losses|metrics|models|stats|testing|tracking|training"
+    rooms += "|transfer|viz"
     for room, name in re.findall(rf"`(?:ncmethods\.)?({rooms})\.([a-z]\w*)[`(]", prose(page)):
         module = importlib.import_module(f"ncmethods.{room}")
         known = hasattr(module, name) or (room == "stats" and hasattr(ClassStats, name))

@@ -120,11 +120,14 @@ def test_layers_are_candidates(run, tmp_path, capsys):
         assert row["probe accuracy"] == found["values"]["linear_probe"][f"{run}@{layer}"]
     assert "parameters" not in found["values"]
     assert "By depth" in (tmp_path / "report.html").read_text()
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        call(tmp_path, "--models", run, "--layers", "blocks.11", "blocks.9", "--size", 28)
-    said = capsys.readouterr().err
-    assert "has no layer blocks.11, blocks.9. Near it: blocks.1" in said
+    for more, said in (
+        ([run, "--layers", "blocks.11", "blocks.9"], "no layer blocks.11. Near it: blocks.1"),
+        ([run, "--layers", "blocks.1", "blocks.9"], "no layer blocks.9. Near it: blocks."),
+        ([run, "small_cnn=random", "--layers", "blocks.9", "head"], "of the models has a layer bl"),
+    ):
+        with pytest.raises(SystemExit):
+            call(tmp_path, "--size", 28, "--models", *more)
+        assert said in capsys.readouterr().err
 
 
 @pytest.fixture
