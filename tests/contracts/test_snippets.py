@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncmethods import heads, losses, metrics, ood
+from ncmethods import heads, losses, metrics, ood, transfer
 from ncmethods.features import FeatureSet, accumulate, capture, extract
 from ncmethods.stats import ClassStats
 
@@ -86,3 +86,14 @@ def test_3_score_out_of_distribution_inputs(x, y):
 
     again = ood.NECO.fit(moments, head=model.head)  # the type of `train` says that moments will do
     torch.testing.assert_close(again(ood_features), s_ood)
+
+
+def test_4_rank_pretrained_models_for_a_target():
+    torch.manual_seed(0)
+    y = torch.arange(80) % 4
+    fs_a, fs_b = (FeatureSet(q * torch.randn(4, 20)[y] + torch.randn(80, 20), y, 4) for q in (2, 0))
+    train = fs_a
+    assert transfer.h_score(train.stats) > transfer.h_score(fs_b.stats)
+    assert transfer.logme(train.stats) > transfer.logme(fs_b.stats)
+    found = transfer.rank({"resnet18": fs_a, "vit_b_16": fs_b}, scores=["ncti", "logme", "nc1"])
+    assert {found.best(score) for score in ("ncti", "logme", "nc1")} == {"resnet18"}
