@@ -55,7 +55,7 @@ COLUMNS = {
 class ClassIncremental:
     """Learn classes session by session and measure accuracy, forgetting and geometry."""
 
-    methods: tuple[str, ...] = ("finetune", "replay", "replay-balanced", "etf-dr")
+    methods: tuple[str, ...] = ("finetune", "replay-balanced", "etf-dr")
     """Any of: finetune, replay, replay-balanced, replay-distill, icarl, wa; on fixed vertices
     etf-dr, etf-ce, etf-dr-hungarian, etf-dr-expand, nct, fnc2; with the first session's backbone
     ncm, slda, ranpac."""
@@ -165,6 +165,8 @@ class Learner:
             start=grown(model, old, rows, self.seed),
             normalisation=self.normalisation,
         )
+        if here.world > 1:
+            torch.distributed.barrier()  # the first rank writes what all read
         after = load_run(place).model
         if self.method.finish is not None:
             self.method.finish(after, step)
@@ -259,16 +261,18 @@ def stream_run(
         row = {"session": session.index, "classes": len(session.seen), **evaluator.summary()}
         rows.append(row | {f"test/{key}": report[key] for key in GEOMETRY if key in report})
         key = f"session{session.index}"
-        if key not in spent:
-            spent[key] = time.process_time() - began
-            write_text(place / "seconds.json", json.dumps(spent) + "\n")
+        spent.setdefault(key, time.process_time() - began)
+        if not here.first:
+            continue
+        write_text(place / "seconds.json", json.dumps(spent) + "\n")
         write_text(place / key / "memory.json", json.dumps(learner.memory.indices.tolist()) + "\n")
         print(
             f"{name} order {order} seed {seed}, session {session.index}: "
             f"{len(session.seen)} classes, {100 * accuracy:.1f} %"
         )
-    result = {"evaluator": evaluator.to_dict(), "rows": rows}
-    write_text(place / "result.json", json.dumps(result, indent=1) + "\n")
+    if here.first:
+        result = {"evaluator": evaluator.to_dict(), "rows": rows}
+        write_text(place / "result.json", json.dumps(result, indent=1) + "\n")
     return rows[-1] | {
         "seconds": sum(spent.values()),
         "curve": evaluator.accuracies,
@@ -322,7 +326,7 @@ def write_comparison(config: ClassIncremental, runs: Mapping[str, list[dict[str,
         pairs = viz.paired(runs, dict(list(COLUMNS.items())[:-1]))
         sections.append(viz.Table(*pairs, "Differences within the same order and seed."))
         text += "\n\n" + viz.text_table(*pairs)
-    sections.append(viz.Image(curves, "Mean, and the range over orders and seeds."))
+    sections.append(viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range."))
     figures: dict[str, Any] = {"curves": curves}
     for name, of in runs.items():
         matrix = torch.stack([run["matrix"] for run in of]).mean(0)

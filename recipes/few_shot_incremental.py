@@ -313,6 +313,8 @@ def base_model(
         wandb=False,
         start=start,
     )
+    if here.world > 1:
+        torch.distributed.barrier()  # the first rank writes what all read
     run = load_run(place)
     vertices.add(K - seen)
     return run.model, vertices.rows, (list(run.preprocess.mean), list(run.preprocess.std))
@@ -431,6 +433,8 @@ def runs_of(
                     phases[kind] = phase_of(*base, stream)
                 boundaries = stream.schedule.boundaries
                 place = out / name / leaf
+                if not here.first:  # the base sessions are what ranks share
+                    continue
                 row = stream_run(name, config, phases[kind], boundaries, finetune, seed, place)
                 runs[name].append(row)
                 curve = ", ".join(f"{100 * a:.1f}" for a in row["curve"])
@@ -458,8 +462,8 @@ def tuned(config: FewShotIncremental, here: Process) -> dict[str, Finetune]:
             here,
         )
         for name, of in tried.items():
-            found[name][lr] = of[0]["average"]
-    for name, by_lr in found.items():
+            found[name][lr] = of[0]["average"] if of else 0.0
+    for name, by_lr in found.items() if here.first else ():
         best = max(by_lr, key=lambda lr: by_lr[lr])
         shown = ", ".join(f"{lr:g}: {100 * value:.1f}" for lr, value in by_lr.items())
         print(f"{name}: lr {best:g} (held-out average, per cent: {shown})")
@@ -489,7 +493,7 @@ def main(config: FewShotIncremental) -> None:
     )
     sections: list[viz.Section] = [
         viz.Table(columns, lines, "Per cent but for geometry and seconds; mean ± sd over streams."),
-        viz.Image(curves, "Mean, and the range over orders and seeds."),
+        viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range."),
     ]
     if len(runs) > 1:
         pairs = viz.paired(runs, dict(list(COLUMNS.items())[:-1]))

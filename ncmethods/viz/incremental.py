@@ -24,7 +24,7 @@ def session_curves(
     label: str = "accuracy over seen classes",
     title: str = "",
 ) -> Figure:
-    """A measure after each session: mean line of each method, and the band of its runs.
+    """A measure after each session: mean line of each method, and of up to four the range of runs.
 
     Args:
         curves: method → one curve for each run, of one value per session.
@@ -46,7 +46,7 @@ def session_curves(
         (lines[method],) = axes.plot(
             classes, mean, color=color, linestyle=style, marker="o", markersize=3, linewidth=1.5
         )
-        if len(runs) > 1:
+        if len(runs) > 1 and len(curves) <= 4:
             low, high = runs.amin(0).tolist(), runs.amax(0).tolist()
             axes.fill_between(classes, low, high, color=color, alpha=0.12, linewidth=0)
     axes.set_xticks(list(classes))

