@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from ncmethods import frames, heads, models
 from ncmethods._core import InputError, check_choice, check_num_classes
 from ncmethods.data import Sampling
 from ncmethods.heads import Classifier
+from ncmethods.heads.skip import PartlyTuned
 
 __all__ = ["HEADS", "ModelConfig", "TrainConfig", "build_model", "lr_factor"]
 
@@ -35,6 +37,12 @@ class ModelConfig:
         head_args: keyword arguments of the builder, as JSON keeps them: a ``frame`` is the name of
             a function in ``ncmethods.frames``.
         weights: start weights of the backbone, as in :func:`ncmethods.models.build`.
+        tuned: dotted names of the modules of the backbone that are trained, beside the head; the
+            rest is frozen and stays in eval mode. None trains all of it, () the head only.
+        skip: dotted name of a module of the backbone whose pooled output is added to the features,
+            as :class:`ncmethods.heads.skip.PartlyTuned` says.
+        normalisation: mean and standard deviation of each channel of the images, pixels in [0, 1],
+            that ``weights`` expect; None takes those of the training images.
     """
 
     backbone: str
@@ -43,6 +51,9 @@ class ModelConfig:
     head: str = "linear"
     head_args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    tuned: tuple[str, ...] | None = None
+    skip: str | None = None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
@@ -59,11 +70,28 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
         builder: Any = nn.Linear if config.head == "linear" else getattr(heads, config.head)
         make = partial(builder, **_head_args(config))
         if ":" not in config.backbone:
-            return Classifier(net, make(net.num_features, K))
+            return _partly(config, Classifier(net, make(net.num_features, K)), make)
+        spec = models.input_spec(config.backbone, net)
         model = Classifier.from_model(net, make, num_classes=K)
+        model = _partly(config, model, make, spec.size if spec else 32)
         if config.in_channels == 1 and config.backbone.startswith(("torchvision:", "timm:")):
             model.backbone = nn.Sequential(GrayToRGB(), model.backbone)
         return model
+
+
+def _partly(config: ModelConfig, model: Classifier, make: Any, size: int = 32) -> Classifier:
+    """``model`` with what is frozen and the skip connection that ``config`` asks for, if any."""
+    if config.tuned is None:
+        if config.skip is not None:
+            raise InputError("skip needs tuned: name the modules that are trained, as (skip,).")
+        return model
+    C = 3 if ":" in config.backbone else config.in_channels
+    example = torch.zeros(1, C, size, size)
+    net = PartlyTuned(model.backbone, config.tuned, skip=config.skip, images=example)
+    head: Any = model.head
+    if config.skip is not None and net.num_features != head.weight.shape[1]:  # a wider block
+        head = make(net.num_features, config.num_classes)
+    return Classifier(net.train(model.training), head)
 
 
 def _head_args(config: ModelConfig) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def fit(
         draw: called on rank 0 with the directory and the rows of metrics.jsonl, once all is
             measured; the figures that it returns go to the tracker.
         start: state of the model to start from; that of ``seed`` if None.
-        normalisation: mean and standard deviation of each channel, pixels in [0, 1]; those of the
-            training images if None.
+        normalisation: mean and standard deviation of each channel, pixels in [0, 1]; those of
+            ``model`` or else of the training images if None.
 
     Returns:
         The last row of metrics.jsonl: accuracy and geometry after training.
@@ -124,7 +124,7 @@ def fit(
             "set mixup to 0, or take another head."
         )
     counts = class_counts(splits.train)
-    mean, std = map(list, normalisation or channel_stats(splits.train))
+    mean, std = map(list, normalisation or model.normalisation or channel_stats(splits.train))
     by_count = frequency_groups(counts)
     groups = by_count if groups is None else {name: list(of) for name, of in groups.items()}
     rare = list(groups.values())[-1] or None
