@@ -326,7 +326,9 @@ def write_comparison(config: ClassIncremental, runs: Mapping[str, list[dict[str,
         pairs = viz.paired(runs, dict(list(COLUMNS.items())[:-1]))
         sections.append(viz.Table(*pairs, "Differences within the same order and seed."))
         text += "\n\n" + viz.text_table(*pairs)
-    sections.append(viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range."))
+    sections.append(
+        viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range.")
+    )
     figures: dict[str, Any] = {"curves": curves}
     for name, of in runs.items():
         matrix = torch.stack([run["matrix"] for run in of]).mean(0)

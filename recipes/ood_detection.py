@@ -4,6 +4,7 @@
     ncmethods ood --run runs/long-tailed/ce/seed0 --ood digits gratings
     ncmethods ood --data.profile exp --data.imbalance 100   # false alarms among rare classes
     ncmethods ood --methods ce l2 oe separation --scorers msp energy feature-norm separation
+    ncmethods ood --features train.safetensors test.safetensors strange.safetensors
     ncmethods ood --methods ce etf-dr --scorers neco knn mahalanobis++ --alpha 0.01
 
 Without --run it trains classifiers on a dataset of which some classes are left out: they are the
@@ -16,10 +17,11 @@ The measured claims, with commands and seeds, stand in docs/methods/ood-detectio
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -102,6 +104,10 @@ class OodDetection:
 
     run: tuple[Path, ...] = ()
     """Finished runs OUT/<method>/seed<k> to score with; without any, classifiers are trained."""
+    features: tuple[Path, ...] = ()
+    """Instead of runs: files of features and logits, as `ncmethods extract` writes them, of
+    training images, of test images (half of them calibrate), and of one or more sets that do not
+    belong. Scores that need the rows of a classifier are left out."""
     methods: tuple[str, ...] = ("ce", "etf-dr")
     """What is trained: any of ce, etf-ce, etf-dr; for detection l2 (unit features), projector
     (frozen), entropy (of the encoder before it), and with auxiliary outliers oe, separation."""
@@ -127,24 +133,53 @@ class OodDetection:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30))
 
 
+@dataclass
 class Sets:
-    """Features of one run: to fit on, to calibrate on, to test on, and of what does not belong."""
+    """Features to fit on, to calibrate on, to test on, and of what does not belong."""
 
-    def __init__(self, run: CachedRun, far: Sequence[str], n: int = 2000) -> None:
-        self.run, self.train = run, run.features("train")
-        self.held_out, self.test, self.note = run.calibration()
-        self.near: dict[str, FeatureSet] = {}
-        about = run.data
+    train: FeatureSet
+    held_out: FeatureSet
+    test: FeatureSet
+    near: dict[str, FeatureSet]
+    far: dict[str, FeatureSet]
+    note: str = ""
+    groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Class indices by name, where some classes have more training images than others."""
+
+    @classmethod
+    def of_run(cls, run: CachedRun, far: Sequence[str], n: int = 2000) -> Sets:
+        """Those of a run, extracted where they are missing."""
+        held_out, test, note = run.calibration()
+        about, near = run.data, {}
         if about.get("without"):
             whole = data.load(about["name"], run.root, size=about["size"]).test
             for name in about["without"]:
                 rows = whole.labels == whole.classes.index(name)
-                self.near[name] = run.images(f"class-{name}", whole.images[rows])
+                near[name] = run.images(f"class-{name}", whole.images[rows])
         shape = tuple(about["image_shape"])
-        self.far = {
+        outside = {
             name: run.images(f"{name}-{n}", data.outliers(name, shape, n=n, root=run.root))
             for name in far
         }
+        even = len(set(run.counts.tolist())) == 1
+        groups = {} if even else about["groups"]
+        return cls(run.features("train"), held_out, test, near, outside, note, groups)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Sets:
+        """Those of files: training, test, and one of each far set."""
+        if len(files) < 3:
+            raise InputError(
+                "--features takes the files of training images, of test images, and of one or "
+                f"more sets that do not belong, got {len(files)}."
+            )
+        train, whole, *outside = (FeatureSet.load(path) for path in files)
+        names = [path.name.partition(".")[0] for path in files[2:]]
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+        half = len(whole) // 2
+        held_out, test = (whole.subset(rows) for rows in (order[:half], order[half:]))
+        note = f"A random half of {files[1]} calibrates, the other half is tested on."
+        return cls(train, held_out, test, {}, dict(zip(names, outside)), note)
 
     def scores(self, scorer: ood.Scorer) -> dict[str, Tensor]:
         """Scores of the held-out images, the test images and every set."""
@@ -170,9 +205,8 @@ def measured(sets: Sets, scores: Mapping[str, Tensor], alpha: float) -> dict[str
         n = torch.bincount(labels, minlength=sets.test.num_classes)
         wrong = torch.bincount(labels[alarms], minlength=len(n)) / n
         row["false_alarms/worst_class"] = float(wrong.max())
-        if len(set(sets.run.counts.tolist())) > 1:  # who is frequent matters
-            for group, classes in sets.run.data["groups"].items():
-                row[f"false_alarms/{group}"] = float(wrong[classes].mean()) if classes else None
+        for group, classes in sets.groups.items():  # who is frequent matters
+            row[f"false_alarms/{group}"] = float(wrong[list(classes)].mean()) if classes else None
     for name, s in outside.items():
         row[f"{name}/found"] = float(flag(s).double().mean())
     for kind, names in (("near", list(sets.near)), ("far", list(sets.far))):
@@ -184,10 +218,29 @@ def measured(sets: Sets, scores: Mapping[str, Tensor], alpha: float) -> dict[str
 def score_run(run: CachedRun, config: OodDetection) -> dict[str, dict[str, Any]]:
     """Scorer → measures of one run, written to OUT/scores; read from there when nothing changed."""
     check_apart(run.config["train"].get("outliers", ""), (*config.ood, run.data["name"]))
+    return kept_or(
+        f"{run.method}-seed{run.seed}",
+        run.digest,
+        config,
+        lambda: Sets.of_run(run, config.ood),
+        run.model.head,
+        run.config,
+    )
+
+
+def kept_or(
+    label: str,
+    digest: str,
+    config: OodDetection,
+    load: Callable[[], Sets],
+    head: nn.Module | None,
+    about: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Scorer → measures, read where nothing changed, else measured, drawn and written."""
     names = config.scorers or ood.SCORERS
-    place = config.out / "scores" / f"{run.method}-seed{run.seed}.json"
+    place = config.out / "scores" / f"{label}.json"
     settings = {
-        "weights": run.digest,
+        "weights": digest,
         "ood": list(config.ood),
         "alpha": config.alpha,
         "ncmethods": __version__,
@@ -196,29 +249,28 @@ def score_run(run: CachedRun, config: OodDetection) -> dict[str, dict[str, Any]]
         found = json.loads(place.read_text(encoding="utf-8"))
         if found["settings"] == settings and set(names) <= set(found["rows"]):
             return {name: found["rows"][name] for name in names}
-    sets = Sets(run, config.ood)
+    sets = load()
     if sets.note:
-        print(f"{run.place}: {sets.note}")
-    head: nn.Module = run.model.head
+        print(f"{label}: {sets.note}")
     rows: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     for name in names:
         try:
             scorer = ood.fit(name, sets.train, head)
+            scores = sets.scores(scorer)
         except InputError as error:
-            print(f"{run.method} seed {run.seed}: {name} left out. {error}")
+            print(f"{label}: {name} left out. {error}")
             continue
-        scores = sets.scores(scorer)
         rows[name] = measured(sets, scores, config.alpha)
         if name in SHOWN:
             figures |= drawn(name, sets, scores, rows[name]["threshold"], config.alpha)
     write_text(place, json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    write_page(place.with_suffix(".html"), run, sets, rows, figures)
+    write_page(place.with_suffix(".html"), label, about, sets, rows, figures)
     with tracking.Tracker(
-        config.out / "scores" / f"{run.method}-seed{run.seed}",
-        name=f"ood-{run.method}-seed{run.seed}",
+        config.out / "scores" / label,
+        name=f"ood-{label}",
         group="ood",
-        config={"run": str(run.place), **settings},
+        config=settings,
         wandb=config.wandb,
     ) as tracker:
         tracker.log({f"{name}/{key}": v for name, row in rows.items() for key, v in row.items()})
@@ -241,29 +293,30 @@ def drawn(
 
 def write_page(
     path: Path,
-    run: CachedRun,
+    label: str,
+    about: Mapping[str, Any],
     sets: Sets,
     rows: Mapping[str, Mapping[str, Any]],
     figures: Mapping[str, Any],
 ) -> None:
-    """One page for one run."""
+    """One page for one run, or for the files of one."""
     names = (*sets.near, *sets.far)
     cells = {name: {of: row[f"{of}/auroc"] for of in names} for name, row in rows.items()}
     sizes = ", ".join(f"{k} {len(v)}" for k, v in {**sets.near, **sets.far}.items())
-    about = (
+    text = (
         f"{len(sets.train)} training images, {len(sets.held_out)} held out to calibrate, "
         f"{len(sets.test)} to test. Near: {', '.join(sets.near) or 'none'}. Images: {sizes}. "
         f"{sets.note}"
     )
     columns, lines = viz.summary({name: [row] for name, row in rows.items()}, COLUMNS)
     sections: list[Section] = [
-        Text(about),
+        Text(text),
         Table(columns, lines, "Per cent. Means over the near and over the far sets."),
         Image(viz.auroc_heatmap(cells, names), "AUROC by scorer and set."),
         *(Image(figure, title) for title, figure in figures.items()),
-        Details("Settings of the run", run.config),
+        Details("Settings of the run", dict(about)),
     ]
-    viz.html_report(path, title=f"{run.method}, seed {run.seed}", sections=sections)
+    viz.html_report(path, title=label, sections=sections)
 
 
 def check_apart(shown: str, tested: Iterable[str]) -> None:
@@ -294,11 +347,21 @@ def trained(config: OodDetection) -> list[Path]:
     return [place for of in runs.values() for place, _ in of]
 
 
+def existing(files: Sequence[Path]) -> Sequence[Path]:
+    """``files``, or an error that names one that is not there."""
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"There is no file {path}. `ncmethods extract` writes features.")
+    return files
+
+
 def main(config: OodDetection) -> None:
     """Train what is missing, score, then print and write the comparison."""
     for name in config.scorers:
         ood.check_name(name)
-    places = config.run or trained(config)
+    if config.features and config.run:
+        raise InputError("Name runs with --run, or files with --features, not both.")
+    places = () if config.features else config.run or trained(config)
     by_method: dict[str, list[dict[str, dict[str, Any]]]] = {}
     with training.process(config.train.device) as here:
         if not here.first:
@@ -308,6 +371,18 @@ def main(config: OodDetection) -> None:
                 place, config.out / "features", device=here.device, root=config.data.root
             )
             by_method.setdefault(run.method, []).append(score_run(run, config))
+        if config.features:
+            digest = hashlib.sha256(b"".join(p.read_bytes() for p in existing(config.features)))
+            about = {"features": [str(path) for path in config.features]}
+            rows = kept_or(
+                "features",
+                digest.hexdigest(),
+                config,
+                lambda: Sets.of_files(config.features),
+                None,
+                about,
+            )
+            by_method["features"] = [rows]
     text: list[str] = []
     sections: list[Section] = [Text("Mean ± sd over seeds, per cent; higher AUROC is better.")]
     for method, of in by_method.items():

@@ -241,19 +241,17 @@ def tables() -> str:
         for c in CANDIDATES
     ]
     text = [viz.text_table(head, lines)]
-    head, cells = ["score"], []
-    for kind in ("", ", pre"):
-        for t in truths:
-            each = [f"{t}{kind} {s}" for s in sets] if not kind else []
-            head += [*each, f"{t}{kind} mean", f"{t}{kind} regret"]
+    head = ["τ_w (regret, %)", *sets, "probe, mean", "tuned, mean", "probe, pre", "tuned, pre"]
+    cells = []
     for score in kept[0]["scores"]:
         row, order = [score], 0.0
         for pool in (list(CANDIDATES), PRETRAINED):
             for truth in truths.values():
                 found = [agreed(score, pool, of, truth) for of in sets.values()]
                 mean = statistics.fmean(one.tau for one in found)
-                row += [f"{one.tau:.2f}" for one in found] if len(pool) > 5 else []
-                row += [f"{mean:.2f}", f"{100 * statistics.fmean(x.regret for x in found):.1f}"]
+                lost = 100 * statistics.fmean(one.regret for one in found)
+                row += [f"{one.tau:.2f}" for one in found] if len(row) == 1 else []
+                row += [f"{mean:.2f} ({lost:.1f})"]
                 order = order or mean
         cells.append((order, row))
     text.append(viz.text_table(head, [row for _, row in sorted(cells, reverse=True)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncmethods._core import InputError, check_choice, main_output
+from ncmethods._core import InputError, main_output
 from ncmethods.features import Pool, _mean
 from ncmethods.heads.classifier import Classifier
 from ncmethods.heads.swap import widths
@@ -50,7 +51,9 @@ class PartlyTuned(nn.Module):
         super().__init__()
         names = [name for name, _ in net.named_modules() if name]
         for name in (*blocks, *filter(None, [skip])):
-            check_choice(name, names, "block")
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8]
+                raise InputError(f"The backbone has no block {name!r}. Near it: {', '.join(near)}.")
         self.net, self.blocks, self.skip, self.pool = net, tuple(blocks), skip, pool or _mean
         net.requires_grad_(False)
         for name in blocks:
@@ -93,7 +96,7 @@ class PartlyTuned(nn.Module):
         s = seen[-1]
         if s.shape[:1] != h.shape[:1] or s.ndim != 2:
             raise InputError(
-                f"The pooled output of {self.skip} must be [N, d], got {tuple(s.shape)}. Pass pool=."
+                f"The pooled output of {self.skip} must be [N, d], got {tuple(s.shape)}: pass pool."
             )
         width = max(h.shape[1], s.shape[1])
         return F.pad(h, (0, width - h.shape[1])) + F.pad(s, (0, width - s.shape[1]))
@@ -123,7 +126,7 @@ def skip_layer(
     as well as through them.
 
     Args:
-        model: a Classifier, or a model that :meth:`Classifier.from_model` can split; it is used, not
+        model: a Classifier, or a model that :meth:`Classifier.from_model` can split; it is not
             copied.
         block: dotted name of a module in the model's backbone, as ``"layer3"`` or ``"blocks.2"``.
         images: inputs of the model, on which the widths are measured; one is enough.

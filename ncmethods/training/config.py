@@ -71,27 +71,30 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> Classifier:
         make = partial(builder, **_head_args(config))
         if ":" not in config.backbone:
             return _partly(config, Classifier(net, make(net.num_features, K)), make)
-        spec = models.input_spec(config.backbone, net)
-        model = Classifier.from_model(net, make, num_classes=K)
-        model = _partly(config, model, make, spec.size if spec else 32)
+        model = _partly(config, Classifier.from_model(net, make, num_classes=K), make)
         if config.in_channels == 1 and config.backbone.startswith(("torchvision:", "timm:")):
             model.backbone = nn.Sequential(GrayToRGB(), model.backbone)
         return model
 
 
-def _partly(config: ModelConfig, model: Classifier, make: Any, size: int = 32) -> Classifier:
+def _partly(config: ModelConfig, model: Classifier, make: Any) -> Classifier:
     """``model`` with what is frozen and the skip connection that ``config`` asks for, if any."""
     if config.tuned is None:
         if config.skip is not None:
             raise InputError("skip needs tuned: name the modules that are trained, as (skip,).")
         return model
-    C = 3 if ":" in config.backbone else config.in_channels
-    example = torch.zeros(1, C, size, size)
-    net = PartlyTuned(model.backbone, config.tuned, skip=config.skip, images=example)
-    head: Any = model.head
-    if config.skip is not None and net.num_features != head.weight.shape[1]:  # a wider block
+    if config.skip is None:
+        return Classifier(PartlyTuned(model.backbone, config.tuned), model.head)
+    spec = models.input_spec(config.backbone, model.backbone)
+    side = spec.size if spec else 32
+    example = torch.zeros(1, 3 if ":" in config.backbone else config.in_channels, side, side)
+    net, head = (
+        PartlyTuned(model.backbone, config.tuned, skip=config.skip, images=example),
+        model.head,
+    )
+    if net.num_features != head.weight.shape[1]:  # the block is wider than the last layer
         head = make(net.num_features, config.num_classes)
-    return Classifier(net.train(model.training), head)
+    return Classifier(net, head)
 
 
 def _head_args(config: ModelConfig) -> dict[str, Any]:

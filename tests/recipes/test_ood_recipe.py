@@ -9,6 +9,7 @@ from PIL import Image
 
 from ncmethods import cli, data, losses, ood, viz
 from ncmethods._core import InputError
+from ncmethods.features import FeatureSet
 from ncmethods.training import CachedRun, loop
 
 OOD, SCORE = cli.load_recipe("ood_detection"), cli.load_recipe("score")
@@ -234,3 +235,40 @@ def test_leave_out_keeps_the_order_of_the_others():
         assert torch.equal(rest.images[rest.labels == c], mine)
     with pytest.raises(InputError, match="leaves 1 classes"):
         data.leave_out(whole, whole.classes[1:])
+
+
+def test_features_from_files(tmp_path, capsys):
+    """What `ncmethods extract` writes, from any model: no run, no classifier's rows."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 4
+    means = 4 * torch.randn(4, 8, generator=rng)
+
+    def saved(name, x, labels=None):
+        path = tmp_path / f"{name}.safetensors"
+        FeatureSet(x, labels, 4, x[:, :4]).save(path)
+        return path
+
+    files = (
+        saved("train", means[y] + torch.randn(400, 8, generator=rng), y),
+        saved("test", means[y] + torch.randn(400, 8, generator=rng), y),
+        saved("strange", 4 * torch.randn(300, 8, generator=rng)),
+    )
+    out = tmp_path / "out"
+    config = OOD.OodDetection(
+        features=files, out=out, wandb=False, scorers=("mahalanobis", "msp", "nci")
+    )
+    OOD.main(config)
+    said = capsys.readouterr().out
+    assert "nci left out" in said
+    assert "calibrates, the other half is tested" in said
+    rows = json.loads((out / "scores" / "features.json").read_text())["rows"]
+    assert set(rows) == {"mahalanobis", "msp"}
+    assert rows["mahalanobis"]["strange/auroc"] > 0.9
+    assert 0 < rows["mahalanobis"]["false_alarms"] < 0.15
+    with pytest.raises(InputError, match="got 2"):
+        OOD.main(OOD.OodDetection(features=files[:2], out=tmp_path / "b", wandb=False))
+    lost = (*files[:2], tmp_path / "no.safetensors")
+    with pytest.raises(InputError, match="There is no file"):
+        OOD.main(OOD.OodDetection(features=lost, out=tmp_path / "b", wandb=False))
+    with pytest.raises(InputError, match="not both"):
+        OOD.main(OOD.OodDetection(features=files, run=(out,), out=out, wandb=False))
