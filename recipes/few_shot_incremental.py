@@ -3,6 +3,7 @@
     ncmethods few-shot-incremental
     ncmethods few-shot-incremental --methods ncm nc-fscil --orders 1993 0 1 2 3 --data.shots 1
     ncmethods few-shot-incremental --data.name fashion-mnist --lrs 0.02 0.05 0.1 0.25
+    ncmethods few-shot-incremental --methods ncm slda --features train.safetensors test.safetensors
 
 The base session trains one network by cross-entropy and one onto fixed vertices that leave room
 for later classes. After it both backbones stay as they are: the sessions work on their features,
@@ -17,11 +18,12 @@ The measured claims, with commands and seeds, stand in docs/methods/few-shot-inc
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +67,7 @@ COLUMNS = {
 class Phase(NamedTuple):
     """What the sessions after the base work on: features of a backbone that no longer changes."""
 
-    model: Classifier
+    model: Any  # a Classifier; None for features from files
     train: list[FeatureSet]  # of each session, its new classes; backbone output
     test: list[FeatureSet]  # of each session, all classes so far
     rows: Tensor  # vertices of all classes, by arrival [K, D]
@@ -234,6 +236,9 @@ METHODS = {
 }
 
 
+FROM_FEATURES = ("ncm", "slda", "ranpac")
+
+
 @dataclass(frozen=True)
 class FewShotIncremental:
     """Learn classes from a few images each, session by session, after a base session."""
@@ -249,6 +254,9 @@ class FewShotIncremental:
     """Vertices kept ready; all classes of the stream if None."""
     dim: int = 128
     """Width behind the neck."""
+    features: tuple[Path, ...] = ()
+    """Instead of a base session: files of training and of test features with labels, as `ncmethods
+    extract` writes them, of any frozen backbone; for ncm, slda and ranpac."""
     out: Path = Path("runs/few-shot-incremental")
     """Where everything goes."""
     backbone: str = "small_cnn"
@@ -330,6 +338,18 @@ def named(images: ImageData, seen: int) -> ImageData:
     return replace(images, classes=images.classes[:seen])
 
 
+def phase_of_files(stream: data.ClassIncremental) -> Phase:
+    """The features of files, session by session."""
+    train = [replace(session.train, logits=None) for session in stream]
+    test = [replace(session.test_seen, logits=None) for session in stream]
+    return Phase(None, train, test, torch.empty(0, 0), running(train))
+
+
+def running(train: Sequence[FeatureSet]) -> list[ClassStats]:
+    """Moments of all classes so far, after each session."""
+    return list(itertools.accumulate(new.stats for new in train))
+
+
 def phase_of(
     model: Classifier,
     rows: Tensor,
@@ -349,12 +369,8 @@ def phase_of(
     train = [features(session.train) for session in stream]
     whole = features(stream[len(stream) - 1].test_seen)
     assert whole.labels is not None
-    test, stats, total = [], [], ClassStats(whole.num_classes, width)
-    for session, new in zip(stream, train):
-        total = total + new.stats
-        stats.append(total)
-        test.append(whole.subset(whole.labels < len(session.seen)))
-    return Phase(model, train, test, rows, stats)
+    test = [whole.subset(whole.labels < len(session.seen)) for session in stream]
+    return Phase(model, train, test, rows, running(train))
 
 
 def stream_run(
@@ -409,6 +425,25 @@ def stream_run(
     }
 
 
+def loaded(config: FewShotIncremental, *, held_out: bool = False) -> Splits:
+    """Images of the dataset, or the features of files."""
+    if not config.features:
+        return config.data.load(held_out=held_out)
+    if len(config.features) != 2:
+        raise InputError(
+            "--features takes two files, of training and of test images, got "
+            f"{len(config.features)}."
+        )
+    needing = sorted(set(config.methods) - set(FROM_FEATURES))
+    if needing:
+        raise InputError(
+            f"{', '.join(needing)}: these train a base network. From features: "
+            f"{', '.join(FROM_FEATURES)}."
+        )
+    train, test = (FeatureSet.load(path) for path in config.features)
+    return Splits(train, test, "features")  # type: ignore[arg-type]  # a stream takes either
+
+
 def runs_of(
     config: FewShotIncremental,
     splits: Splits,
@@ -427,6 +462,8 @@ def runs_of(
             phases: dict[str, Phase] = {}
             for name, finetune in chosen.items():
                 kind = METHODS[name].base
+                if config.features:
+                    phases.setdefault(kind, phase_of_files(stream))
                 if kind not in phases:
                     place = config.out / f"base-{kind}" / leaf
                     base = base_model(kind, config, stream, seed, place, here)
@@ -447,7 +484,7 @@ def tuned(config: FewShotIncremental, here: Process) -> dict[str, Finetune]:
     chosen = dict.fromkeys(config.methods, config.finetune)
     if not config.lrs:
         return chosen
-    held_out = config.data.load(held_out=True)
+    held_out = loaded(config, held_out=True)
     found: dict[str, dict[float, float]] = {n: {} for n in chosen if METHODS[n].tuned}
     for lr in config.lrs:
         with_lr = {name: replace(config.finetune, lr=lr) for name in found}
@@ -479,7 +516,7 @@ def main(config: FewShotIncremental) -> None:
         check_choice(name, METHODS, "method")
     with training.process(config.train.device) as here:
         chosen = tuned(config, here)
-        splits = config.data.load()
+        splits = loaded(config)
         runs = runs_of(config, splits, config.orders, config.seeds, chosen, config.out, here)
         if not here.first:
             return

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ncmethods import cli, data
 from ncmethods._core import InputError
+from ncmethods.features import FeatureSet
 from ncmethods.incremental import Finetune
 from ncmethods.training import TrainConfig
 
@@ -112,3 +113,35 @@ def test_bad_input(done, tmp_path):
         recipe.main(replace(CONFIG, out=tmp_path, data=replace(CONFIG.data, shots=100_000)))
     with pytest.raises(InputError, match="10 classes arrive and there are 5 vertices"):
         recipe.main(replace(CONFIG, out=tmp_path, capacity=5))
+
+
+def test_features_from_files(tmp_path):
+    """Any frozen backbone; here pixels. The nearest mean by angle, against numpy."""
+    import numpy as np
+
+    digits = data.load("digits")
+    files = []
+    for name, part in (("train", digits.train), ("test", digits.test)):
+        files.append(tmp_path / f"{name}.safetensors")
+        FeatureSet(part.images.flatten(1).float(), part.labels, 10).save(files[-1])
+    config = replace(
+        CONFIG, out=tmp_path / "out", methods=("ncm", "slda", "ranpac"), features=tuple(files)
+    )
+    recipe.main(config)
+    last = {name: rows(tmp_path / "out", name)[-1] for name in config.methods}
+    assert last["slda"]["accuracy"] > 0.6
+
+    stream = config.data.stream(digits, 0)
+    parts = [(s.train.images.flatten(1).double().numpy(), s.train_labels.numpy()) for s in stream]
+    x, y = (np.concatenate(of) for of in zip(*parts))
+    means = np.stack([x[y == c].mean(0) for c in range(10)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    test = stream[2].test_seen
+    found = (test.images.flatten(1).double().numpy() @ means.T).argmax(1)
+    want = (found == test.labels.numpy()).mean()
+    assert last["ncm"]["accuracy"] == pytest.approx(want, abs=0.005)  # float32 rows
+
+    with pytest.raises(InputError, match="nc-fscil: these train a base network"):
+        recipe.main(replace(config, methods=("ncm", "nc-fscil")))
+    with pytest.raises(InputError, match="takes two files"):
+        recipe.main(replace(config, features=tuple(files[:1])))
