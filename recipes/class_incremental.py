@@ -56,9 +56,9 @@ class ClassIncremental:
     """Learn classes session by session and measure accuracy, forgetting and geometry."""
 
     methods: tuple[str, ...] = ("finetune", "replay-balanced", "etf-dr")
-    """Any of: finetune, replay, replay-balanced, replay-distill, icarl, wa; on fixed vertices
-    etf-dr, etf-ce, etf-dr-hungarian, etf-dr-expand, nct, fnc2; with the first session's backbone
-    ncm, slda, ranpac."""
+    """Any of: finetune, replay, replay-balanced, replay-distill, cosine-distill, icarl, wa; on
+    fixed vertices etf-dr, etf-ce, etf-dr-hungarian, etf-dr-expand, nct, fnc2; with the first
+    session's backbone ncm, slda, ranpac."""
     orders: tuple[int, ...] = (1993, 0, 1)
     """Seeds of the class orders; 1993 is the field's."""
     seeds: tuple[int, ...] = (0,)
@@ -174,9 +174,9 @@ class Learner:
 
     def _model(self, seen: int, images: ImageData) -> ModelConfig:
         kind: dict[str, Any] = {"head": "linear"}
-        if self.method.head == "etf":
-            args = {"dim": self.config.dim, "scale": self.scale}
-            kind = {"head": "etf_head", "head_args": args}
+        if self.method.head != "linear":
+            args = {"dim": self.config.dim, "neck": "bn", "scale": self.scale}
+            kind = {"head": f"{self.method.head}_head", "head_args": args}
         return ModelConfig(self.config.backbone, images.images.shape[1], seen, **kind)
 
     def _stream(self) -> dict[str, Any]:

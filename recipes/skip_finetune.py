@@ -9,7 +9,8 @@
 Trains all of a pretrained network on the target (full), only a new classifier (linear), one block
 and the classifier (layer), and the same with the block's pooled output added to the features
 (skip). Each method chooses its learning rate from the same candidates on held-out images. Printed
-are accuracy, trained parameters, and NC1 of the features before and after. A killed command resumes.
+are accuracy, trained parameters, and NC1 of the features before and after. A killed command
+resumes.
 
 Without --sources it trains small networks on letters first, one for each seed.
 
@@ -18,9 +19,9 @@ The measured claims, with commands and seeds, stand in docs/methods/skip-finetun
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,7 @@ class SkipFinetune:
     """Any of: full, linear, layer, skip."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed."""
-    lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
     """Learning rates to choose from by held-out images of the first seed, for each method alike."""
     size: int | None = None
     """Side of the images; None takes what the source was trained on."""
@@ -151,9 +152,126 @@ def weights_of(backbone: nn.Module, name: str, channels: int, run: str, out: Pat
     net = net.net if isinstance(net, PartlyTuned) else net
     state = models.build(name, in_channels=channels).state_dict() | net.state_dict()
     content = save({k: v.detach().contiguous().clone() for k, v in state.items()})
-    digest = training_digest(content)
-    path = out / "sources" / f"{digest}.safetensors"
+    path = out / "sources" / f"{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return path
+
+
+def small_networks(config: SkipFinetune) -> list[str]:
+    """A small_cnn for each seed, trained on letters."""
+    tail = TailConfig("glyphs-mini", profile="natural")
+    sweep(
+        jobs_of(["ce"], {"ce": Method("linear", ce)}, tail, config.seeds),
+        config.seeds,
+        cache(TailConfig.load),
+        backbone="small_cnn",
+        candidates=[TrainConfig(epochs=15, measurements=1, device=config.train.device)],
+        out=config.out / "letters",
+        wandb=False,
+    )
+    return [str(config.out / "letters" / "ce" / f"seed{seed}") for seed in config.seeds]
+
+
+def described(source: Source, method: str, block: str | None, num_classes: int) -> ModelConfig:
+    """The network that a method trains.
+
+    Raises:
+        InputError: a method that needs a block, and none is named.
+    """
+    model = replace(source.model, num_classes=num_classes)
+    if method == "full":
+        return model
+    if method == "linear":
+        return replace(model, tuned=())
+    if block is None:
+        net = models.build(model.backbone, in_channels=model.in_channels)
+        layers = [n for n, m in net.named_modules() if n and len([*m.children()]) > 1]
+        some = ", ".join(sorted(layers, key=lambda n: n.count("."))[:24])
+        raise InputError(f"Name the --block that is trained, as one of {some}.")
+    return replace(model, tuned=(block,), skip=block if method == "skip" else None)
+
+
+def seen_by(shape: tuple[int, int, int], tail: TailConfig) -> Splits:
+    """The images of the target in the shape that a source wants."""
+    splits = tail.load()
+
+    def fit_to(part: ImageData) -> ImageData:
+        images = fitted(part.images, shape).round().clamp(0, 255).to(torch.uint8)
+        return replace(part, images=images)
+
+    more = splits.validation and fit_to(splits.validation)
+    return Splits(fit_to(splits.train), fit_to(splits.test), splits.name, more)
+
+
+def before(
+    model: ModelConfig, splits: Splits, seed: int, place: Path, device: Any
+) -> dict[str, Any]:
+    """Trained parameters, and NC1 of the target's training features before any step."""
+    path = place / "before.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    net = build_model(model, seed=seed).to(device)
+    mean, std = model.normalisation or data.channel_stats(splits.train)
+    loader = data.DeviceLoader(splits.train, 256, train=False, mean=mean, std=std, device=device)
+    stats = extract(net, loader, progress=False).stats
+    found = {
+        "finetune/parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
+        "finetune/nc1_before": float(metrics.nc1_pinv(stats)),
+    }
+    write_text(path, json.dumps(found) + "\n")
+    return found
+
+
+def main(config: SkipFinetune) -> None:
+    """Train, then print and write the comparison."""
+    if not config.methods or len(set(config.methods)) < len(config.methods):
+        raise InputError(f"Name at least one method, and none twice: got {list(config.methods)}.")
+    for name in config.methods:
+        check_choice(name, METHODS, "method")
+    if len(config.sources) not in (0, 1, len(config.seeds)):
+        raise InputError(
+            f"There are {len(config.sources)} sources and {len(config.seeds)} seeds: name one "
+            "source, or one for each seed."
+        )
+    names = config.sources or small_networks(config)
+    block = config.block if config.sources else config.block or "blocks.2"
+    sources = [source_of(name, config) for name in names] * (
+        1 if len(names) > 1 else len(config.seeds)
+    )
+    load = cache(seen_by)
+    candidates = grid(config.train, lr=config.lrs)
+    runs: dict[str, list[tuple[Path, list[dict[str, Any]]]]] = {}
+    chosen: dict[str, Any] = {}
+    with training.process(config.train.device) as here:
+        for method in config.methods:
+            best, runs[method] = candidates[0], []
+            for seed, source in zip(config.seeds, sources):
+                tail = config.data.drawn(seed)
+                splits, place = load(source.shape, tail), config.out / method / f"seed{seed}"
+                model = described(source, method, block, splits.train.num_classes)
+                if seed == config.seeds[0] and len(candidates) > 1:
+                    best, accuracies = tune(
+                        model, ce, splits, candidates, config.out / "tuning" / method,
+                        here=here, seed=seed, method=method, data=tail.record(),
+                    )  # fmt: skip
+                    chosen[method] = {"lr": best.lr, "held-out accuracy": accuracies}
+                fit(
+                    model, ce, splits, best, place, here=here, seed=seed, method=method,
+                    data=tail.record(), wandb=config.wandb, draw=viz.draw_run,
+                )  # fmt: skip
+                if here.first:
+                    rows = read_rows(place / "metrics.jsonl")
+                    rows[-1] |= before(model, splits, seed, place, here.device)
+                    rows[-1]["finetune/lr"] = best.lr
+                    runs[method].append((place, rows))
+                    accuracy: Any = rows[-1]["test/accuracy"]
+                    print(f"{method} seed {seed}: accuracy {100 * accuracy:.1f} %")
+        if not here.first:
+            return
+    if chosen:
+        write_text(config.out / "tuning.json", json.dumps(chosen, indent=1) + "\n")
+    command = " ".join(sys.argv)
+    print(viz.write_comparison(config.out, runs, [TABLE], PANELS, command=command))

@@ -420,18 +420,6 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def shown_intervals(ranking: transfer.Ranking, score: str) -> dict[str, tuple[float, float]]:
-    """Intervals about the values.
-
-    A bootstrap sample holds images twice, which makes classes look tighter than they are, so that
-    its scores lie above the value: what it tells is the width.
-    """
-    if score in transfer.BASELINES:
-        return ranking.intervals[score]
-    half = {name: (high - low) / 2 for name, (low, high) in ranking.intervals[score].items()}
-    return {name: (v - half[name], v + half[name]) for name, v in ranking.values[score].items()}
-
-
 def write(
     ranking: transfer.Ranking, known: Mapping[str, float] | None, config: Transferability
 ) -> None:
@@ -471,7 +459,7 @@ def write(
     figures = {"ranks": viz.rank_heatmap({s: ranks[s] for s in scored}, ranking.candidates)}
     for score in ranking.intervals:
         figures[f"intervals/{score}"] = viz.score_intervals(
-            ranking.values[score], shown_intervals(ranking, score), title=score
+            ranking.values[score], ranking.intervals[score], title=score
         )
     if depth:
         figures["depth"] = viz.depth_curves(depth)

@@ -62,7 +62,8 @@ class Method:
 
     Args:
         loss: from what a session knows, the loss that it trains with.
-        head: ``"linear"``, whose rows grow with the classes, or ``"etf"``, fixed vertices.
+        head: ``"linear"``, whose rows grow with the classes, ``"etf"``, fixed vertices behind a
+            neck, or ``"cosine"``, learned unit rows behind the same neck.
         memory: whether exemplars of earlier classes are trained on.
         train: hyperparameters that are part of the method, fields of ``TrainConfig``.
         later: the same for all sessions but the first.
@@ -224,6 +225,9 @@ METHODS: dict[str, Method] = {
     "replay": Method(cross_entropy),
     "replay-balanced": Method(cross_entropy, train=EVEN),
     "replay-distill": Method(partial(terminus, pull="ce"), train=EVEN),  # etf-ce without vertices
+    "cosine-distill": Method(
+        partial(terminus, pull="ce"), head="cosine", train=EVEN
+    ),  # learned rows
     "icarl": Method(icarl, classify=nearest_exemplars),
     "wa": Method(wa, finish=align),
     "etf-dr": Method(terminus, head="etf", train=EVEN),

@@ -20,10 +20,10 @@ PENALTIES = tuple(10.0**k for k in range(-8, 9))
 class RanPAC(nn.Module):
     """Classifier of frozen features: ReLU(h P) with a fixed random P, then ridge regression.
 
-    ``update`` takes the samples of a session; what is kept is the :class:`~ncmethods.stats.ClassStats` of the
-    projected features, width² numbers whatever N, so that the classifier does not depend on the
-    order of the sessions, except for the penalty. That is chosen anew in each session, by the
-    squared error on a fifth of its samples.
+    ``update`` takes the samples of a session. What is kept are the moments of the projected
+    features (:class:`~ncmethods.stats.ClassStats`), width² numbers whatever N, so that the
+    classifier does not depend on the order of the sessions, except for the penalty. That is chosen
+    anew in each session, by the squared error on a fifth of its samples.
 
     Args:
         dim: D of the features.

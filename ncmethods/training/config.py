@@ -88,10 +88,8 @@ def _partly(config: ModelConfig, model: Classifier, make: Any) -> Classifier:
     spec = models.input_spec(config.backbone, model.backbone)
     side = spec.size if spec else 32
     example = torch.zeros(1, 3 if ":" in config.backbone else config.in_channels, side, side)
-    net, head = (
-        PartlyTuned(model.backbone, config.tuned, skip=config.skip, images=example),
-        model.head,
-    )
+    net = PartlyTuned(model.backbone, config.tuned, skip=config.skip, images=example)
+    head: Any = model.head
     if net.num_features != head.weight.shape[1]:  # the block is wider than the last layer
         head = make(net.num_features, config.num_classes)
     return Classifier(net, head)

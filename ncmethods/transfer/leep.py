@@ -77,7 +77,7 @@ def nleep(
         InputError: fewer samples than components, or a share out of range.
 
     References:
-        Li et al., CVPR 2021, arXiv:2012.02987. SFDA's and NCTI's copies leave out the logarithm;
+        Li et al., CVPR 2021, arXiv:2011.11200. SFDA's and NCTI's copies leave out the logarithm;
         this has it.
     """
     import warnings

@@ -61,7 +61,8 @@ class Ranking:
     values: dict[str, dict[str, float]]
     """Score → candidate → value; NaN where it is not defined."""
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    """Intervals of 95 %, of baselines binomial (Wilson), of scores over bootstrap samples."""
+    """Intervals of 95 %, of baselines binomial (Wilson), of scores as wide as the middle 95 % of
+    the bootstrap samples, about the value (repeated samples flatter every score)."""
     first: dict[str, dict[str, float]] = field(default_factory=dict)
     """Share of the bootstrap samples in which the candidate came first."""
     components: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -122,8 +123,9 @@ class Ranking:
         for name in self.candidates:
             cells = [name]
             for score, of in self.values.items():
-                place = places[score][name]
-                cells.append("–" if place is None else f"{of[name]:.4g} ({place})")
+                place, shown = places[score][name], f"{of[name]:.4g}"
+                shown = shown if score == "parameters" else f"{shown} ({place})"
+                cells.append("–" if place is None else shown)
             lines.append(cells)
         return columns, lines
 
@@ -156,8 +158,7 @@ def rank(
         baselines: likewise; they stand in the table whatever the scores, () leaves them out.
         pca: principal coordinates for scores with that keyword, which saturate where N is not
             much larger than D; None gives the papers' formulas.
-        bootstrap: samples drawn with replacement in each class, for intervals; 0 for none. Twice
-            the same sample looks like a sure neighbour: PARC reads high.
+        bootstrap: samples drawn with replacement in each class, for intervals; 0 for none.
         seed: of the draws.
 
     Raises:
@@ -330,12 +331,16 @@ def _ranking(
         if isinstance(function, PoolScore):
             result.components[score] = {name: of[name][0] for name in of}
         finite = [v for v in runs[0].values() if v == v]
-        if len(finite) > 1 and max(finite) - min(finite) <= 1e-9 * max(map(abs, finite)):
+        top = max(finite, default=0.0)
+        tied = [k for k, v in runs[0].items() if abs(top - v) <= 1e-6 * abs(top)]
+        if 1 < len(tied) == len(finite):
             warnings.append(f"{score} is the same for every candidate: it ranks nothing.")
+        elif len(tied) > 1 and score not in BASELINES:
+            warnings.append(f"{score} is the same for {', '.join(tied)}: it cannot choose.")
         if score in BASELINES:
             result.intervals[score] = {k: _wilson(v, N) for k, v in runs[0].items()}
         elif len(runs) > 1:
-            result.intervals[score] = {k: _middle([r[k] for r in runs[1:]]) for k in of}
+            result.intervals[score] = {k: _about(runs[0][k], [r[k] for r in runs[1:]]) for k in of}
             result.first[score] = _firsts(runs[1:])
     return Ranking(
         result.candidates,
@@ -366,13 +371,14 @@ def _wilson(share: float, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _middle(values: Iterable[float]) -> tuple[float, float]:
-    """The middle 95 % of the values that are numbers."""
-    known = torch.tensor([v for v in values if v == v], dtype=torch.float64)
+def _about(value: float, repeats: Iterable[float]) -> tuple[float, float]:
+    """The middle 95 % of the repeats that are numbers, moved so that their mean is ``value``."""
+    known = torch.tensor([v for v in repeats if v == v], dtype=torch.float64)
     if not len(known):
         return float("nan"), float("nan")
     low, high = known.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    bias = float(known.mean()) - value
+    return low - bias, high - bias
 
 
 def _firsts(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
