@@ -8,8 +8,8 @@
 
 Trains all of a pretrained network on the target (full), only a new classifier (linear), one block
 and the classifier (layer), and the same with the block's pooled output added to the features
-(skip). Each method chooses its learning rate from the same candidates on held-out images. Printed
-are accuracy, trained parameters, and NC1 of the features before and after. A killed command
+(skip). Each method chooses its learning rate from the same candidates on held-out images, for each
+seed anew, since seeds may have networks of their own. Printed are accuracy, trained parameters, and NC1 of the features before and after. A killed command
 resumes.
 
 Without --sources it trains small networks on letters first, one for each seed.
@@ -24,6 +24,7 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ TABLE = {
     "NC1 before": ("finetune/nc1_before", 1, 2),
     "NC1 after": ("train/nc1/pinv", 1, 2),
     "NC1 test": ("test/nc1/pinv", 1, 2),
-    "rate": ("finetune/lr", 1, 4),
+    "rate": ("finetune/lr", 1, 3),
 }
 PANELS = {
     "test/accuracy": "accuracy",
@@ -87,8 +88,8 @@ class SkipFinetune:
     """Any of: full, linear, layer, skip."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed."""
-    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
-    """Learning rates to choose from by held-out images of the first seed, for each method alike."""
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    """Learning rates; each method chooses from them by held-out images, for each seed anew."""
     size: int | None = None
     """Side of the images; None takes what the source was trained on."""
     out: Path = Path("runs/skip-finetune")
@@ -243,35 +244,33 @@ def main(config: SkipFinetune) -> None:
     )
     load = cache(seen_by)
     candidates = grid(config.train, lr=config.lrs)
-    runs: dict[str, list[tuple[Path, list[dict[str, Any]]]]] = {}
-    chosen: dict[str, Any] = {}
+    runs: dict[str, list[tuple[Path, list[dict[str, Any]]]]] = {m: [] for m in config.methods}
+    chosen: dict[str, dict[str, Any]] = {m: {} for m in config.methods}
     with training.process(config.train.device) as here:
-        for method in config.methods:
-            best, runs[method] = candidates[0], []
-            for seed, source in zip(config.seeds, sources):
-                tail = config.data.drawn(seed)
-                splits, place = load(source.shape, tail), config.out / method / f"seed{seed}"
-                model = described(source, method, block, splits.train.num_classes)
-                if seed == config.seeds[0] and len(candidates) > 1:
-                    best, accuracies = tune(
-                        model, ce, splits, candidates, config.out / "tuning" / method,
-                        here=here, seed=seed, method=method, data=tail.record(),
-                    )  # fmt: skip
-                    chosen[method] = {"lr": best.lr, "held-out accuracy": accuracies}
-                fit(
-                    model, ce, splits, best, place, here=here, seed=seed, method=method,
-                    data=tail.record(), wandb=config.wandb, draw=viz.draw_run,
+        for method, (seed, source) in product(config.methods, zip(config.seeds, sources)):
+            tail, best, which = config.data.drawn(seed), candidates[0], f"seed{seed}"
+            splits, place = load(source.shape, tail), config.out / method / which
+            model = described(source, method, block, splits.train.num_classes)
+            if len(candidates) > 1:
+                best, accuracies = tune(
+                    model, ce, splits, candidates, config.out / "tuning" / method / which,
+                    here=here, seed=seed, method=method, data=tail.record(),
                 )  # fmt: skip
-                if here.first:
-                    rows = read_rows(place / "metrics.jsonl")
-                    rows[-1] |= before(model, splits, seed, place, here.device)
-                    rows[-1]["finetune/lr"] = best.lr
-                    runs[method].append((place, rows))
-                    accuracy: Any = rows[-1]["test/accuracy"]
-                    print(f"{method} seed {seed}: accuracy {100 * accuracy:.1f} %")
+                chosen[method][which] = {"lr": best.lr, "held-out accuracy": accuracies}
+            fit(
+                model, ce, splits, best, place, here=here, seed=seed, method=method,
+                data=tail.record(), wandb=config.wandb, draw=viz.draw_run,
+            )  # fmt: skip
+            if here.first:
+                rows = read_rows(place / "metrics.jsonl")
+                rows[-1] |= before(model, splits, seed, place, here.device)
+                rows[-1]["finetune/lr"] = best.lr
+                runs[method].append((place, rows))
+                accuracy: Any = rows[-1]["test/accuracy"]
+                print(f"{method} seed {seed}: accuracy {100 * accuracy:.1f} %, rate {best.lr}")
         if not here.first:
             return
-    if chosen:
+    if len(candidates) > 1:
         write_text(config.out / "tuning.json", json.dumps(chosen, indent=1) + "\n")
     command = " ".join(sys.argv)
     print(viz.write_comparison(config.out, runs, [TABLE], PANELS, command=command))

@@ -257,7 +257,8 @@ def test_the_table(source, ran):
 def test_methods_are_tuned_alike(ran):
     chosen = json.loads((ran / "tuning.json").read_text())
     assert list(chosen) == list(SKIP.METHODS)
-    for method, of in chosen.items():
+    for method, by_seed in chosen.items():
+        of = by_seed["seed0"]
         tried = of["held-out accuracy"]
         assert list(tried) == ["lr=0.03", "lr=0.1"]
         assert tried[f"lr={of['lr']}"] == max(tried.values())
