@@ -19,7 +19,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -310,49 +309,6 @@ def tuned(name: str, config: ClassIncremental, held_out: Splits, here: Process) 
     return replace(config.train, lr=best)
 
 
-def write_comparison(config: ClassIncremental, runs: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Tables, figures and the page; returns the text for the terminal."""
-    columns, lines = viz.summary(runs, COLUMNS)
-    text = viz.text_table(columns, lines)
-    seen = next(iter(runs.values()))[0]["classes_seen"]
-    curves = viz.session_curves(
-        {name: [[100 * a for a in run["curve"]] for run in of] for name, of in runs.items()},
-        seen,
-        label="accuracy over seen classes, per cent",
-    )
-    caption = "Per cent, but for geometry and CPU seconds. Mean ± sd over orders and seeds."
-    sections: list[viz.Section] = [viz.Table(columns, lines, caption)]
-    if len(runs) > 1:
-        pairs = viz.paired(runs, dict(list(COLUMNS.items())[:-1]))
-        sections.append(viz.Table(*pairs, "Differences within the same order and seed."))
-        text += "\n\n" + viz.text_table(*pairs)
-    sections.append(
-        viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range.")
-    )
-    figures: dict[str, Any] = {"curves": curves}
-    for name, of in runs.items():
-        matrix = torch.stack([run["matrix"] for run in of]).mean(0)
-        figures[f"matrix/{name}"] = viz.accuracy_matrix(matrix, title=name)
-        sections.append(viz.Image(figures[f"matrix/{name}"], "Mean over orders and seeds."))
-    sections.append(viz.Details("Command", " ".join(sys.argv)))
-    page = viz.html_report(
-        config.out / "report.html", title="Class-incremental learning", sections=sections
-    )
-    write_text(config.out / "table.md", text + "\n")
-    for name, of in runs.items():
-        with tracking.Tracker(
-            config.out / name / "summary",
-            name=f"inc-{name}",
-            group="class-incremental",
-            config={"method": name},
-            wandb=config.wandb,
-        ) as tracker:
-            for row in of[0]["rows"]:
-                tracker.log({f"inc/{k}": v for k, v in row.items()})
-            tracker.figures({"matrix": figures[f"matrix/{name}"]})
-    return f"\n{text}\n\nreport: {page}"
-
-
 def main(config: ClassIncremental) -> None:
     """Train every method on every stream, then print and write the comparison."""
     if not config.methods or len(set(config.methods)) < len(config.methods):
@@ -378,5 +334,24 @@ def main(config: ClassIncremental) -> None:
                 for order in config.orders
                 for seed in config.seeds
             ]
-        if here.first:
-            print(write_comparison(config, runs))
+        if not here.first:
+            return
+    text, figures = viz.write_sessions(
+        config.out,
+        runs,
+        COLUMNS,
+        title="Class-incremental learning",
+        command=" ".join(sys.argv),
+    )
+    for name, of in runs.items():
+        with tracking.Tracker(
+            config.out / name / "summary",
+            name=f"inc-{name}",
+            group="class-incremental",
+            config={"method": name},
+            wandb=config.wandb,
+        ) as tracker:
+            for row in of[0]["rows"]:
+                tracker.log({f"inc/{k}": v for k, v in row.items()})
+            tracker.figures({"matrix": figures[name]})
+    print(text)

@@ -421,6 +421,7 @@ def stream_run(
         "seconds": time.process_time() - began,
         "curve": evaluator.accuracies,
         "matrix": evaluator.matrix,
+        "classes_seen": list(boundaries[1:]),
         "rows": rows,
     }
 
@@ -520,26 +521,14 @@ def main(config: FewShotIncremental) -> None:
         runs = runs_of(config, splits, config.orders, config.seeds, chosen, config.out, here)
         if not here.first:
             return
-    columns, lines = viz.summary(runs, COLUMNS)
-    text = viz.text_table(columns, lines)
-    classes = [row["classes"] for row in next(iter(runs.values()))[0]["rows"]]
-    curves = viz.session_curves(
-        {name: [[100 * a for a in run["curve"]] for run in of] for name, of in runs.items()},
-        classes,
-        label="accuracy over seen classes, per cent",
+    text, figures = viz.write_sessions(
+        config.out,
+        runs,
+        COLUMNS,
+        title="Few-shot incremental learning",
+        command=" ".join(sys.argv),
     )
-    sections: list[viz.Section] = [
-        viz.Table(columns, lines, "Per cent but for geometry and seconds; mean ± sd over streams."),
-        viz.Image(curves, "Mean over orders and seeds; of up to four methods also the range."),
-    ]
-    if len(runs) > 1:
-        pairs = viz.paired(runs, dict(list(COLUMNS.items())[:-1]))
-        sections.insert(1, viz.Table(*pairs, "Differences within the same order and seed."))
-        text += "\n\n" + viz.text_table(*pairs)
     for name, of in runs.items():
-        matrix = torch.stack([run["matrix"] for run in of]).mean(0)
-        figure = viz.accuracy_matrix(matrix, title=name)
-        sections.append(viz.Image(figure, "Mean over orders and seeds."))
         with tracking.Tracker(
             config.out / name / "summary",
             name=f"fscil-{name}",
@@ -549,10 +538,5 @@ def main(config: FewShotIncremental) -> None:
         ) as tracker:
             for row in of[0]["rows"]:
                 tracker.log({f"inc/{k}": v for k, v in row.items()})
-            tracker.figures({"matrix": figure})
-    sections.append(viz.Details("Command", " ".join(sys.argv)))
-    page = viz.html_report(
-        config.out / "report.html", title="Few-shot incremental learning", sections=sections
-    )
-    write_text(config.out / "table.md", text + "\n")
-    print(f"\n{text}\n\nreport: {page}")
+            tracker.figures({"matrix": figures[name]})
+    print(text)

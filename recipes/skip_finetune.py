@@ -3,14 +3,14 @@
     ncmethods skip-finetune
     ncmethods skip-finetune --sources runs/a/ce/seed0 --block blocks.2 --data.name digits
     ncmethods skip-finetune --sources torchvision:resnet18 --block layer3 --data.name image-folder \
-        --data.root photos
+        --data.root photos --data.profile natural --data.n-max None --data.validation 0
     ncmethods skip-finetune --sources efficientnet-lite0 --block net._blocks.10 --size 96
 
 Trains all of a pretrained network on the target (full), only a new classifier (linear), one block
 and the classifier (layer), and the same with the block's pooled output added to the features
 (skip). Each method chooses its learning rate from the same candidates on held-out images, for each
-seed anew, since seeds may have networks of their own. Printed are accuracy, trained parameters, and NC1 of the features before and after. A killed command
-resumes.
+seed anew, since seeds may have networks of their own. Printed are accuracy, trained parameters, and
+NC1 of the features before and after. A killed command resumes.
 
 Without --sources it trains small networks on letters first, one for each seed.
 

@@ -37,3 +37,28 @@ def test_the_matrix_shows_per_cent_below_the_diagonal():
     large = viz.accuracy_matrix(torch.rand(20, 20))
     assert not large.axes[0].texts
     assert len(large.axes[0].get_xticks()) <= 10
+
+
+def test_one_page_for_all_methods(tmp_path):
+    def run(last):
+        return {
+            "accuracy": last,
+            "seconds": 2.0,
+            "curve": [0.9, last],
+            "classes_seen": [2, 4],
+            "matrix": torch.tensor([[0.9, torch.nan], [last, last]]),
+        }
+
+    runs = {"a": [run(0.5), run(0.6)], "b": [run(0.7), run(0.9)]}
+    columns = {"last": ("accuracy", 100, 1), "s": ("seconds", 1, 0)}
+    text, figures = viz.write_sessions(tmp_path, runs, columns, title="T", command="do it")
+    assert "55.0 ± 7.1" in text
+    assert "+25.0 ± 7.1" in text  # paired: 20 and 30
+    paired = (tmp_path / "table.md").read_text().split("minus a")[1]
+    assert "| s" not in paired.splitlines()[0]
+    page = (tmp_path / "report.html").read_text()
+    assert "do it" in page
+    assert page.count("data:image/png") == 3
+    assert set(figures) == {"a", "b"}
+    shown = {t.get_position(): t.get_text() for t in figures["b"].axes[0].texts}
+    assert shown == {(0, 0): "90", (0, 1): "80", (1, 1): "80"}

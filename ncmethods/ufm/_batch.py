@@ -34,18 +34,17 @@ class Batch:
         self.models = models
         self.sizes = [math.prod(shape) for shape in one.shapes.values()]
         index = [m.index for m in models]
-        n, self.N = [m.numbers for m in models], torch.tensor([float(m.N) for m in models])
-        self.N = self.N.double()
+        n, self.N = [m.numbers for m in models], _f64([float(m.N) for m in models])
         folded = [c if m.folded else torch.ones_like(c) for c, m in zip(n, models)]
         self.multiple = torch.stack([c[i] for c, i in zip(folded, index)])  # samples per feature
         self.labels = torch.stack(index)
         T = torch.stack([m.table[i] for m, i in zip(models, index)])  # [B, M', K]
         if one.loss == "label-smoothing":
-            share = torch.tensor([m.epsilon for m in models]).double()[:, None, None]
+            share = _f64([m.epsilon for m in models])[:, None, None]
             T = (1 - share) * T + share * T.sum(-1, keepdim=True) / one.num_classes
         self.targets = T
-        self.gamma = torch.tensor([m.gamma for m in models]).double()[:, None]
-        self.tau = torch.tensor([m.temperature for m in models]).double()[:, None, None]
+        self.gamma = _f64([m.gamma for m in models])[:, None]
+        self.tau = _f64([m.temperature for m in models])[:, None, None]
         self.fixed = None
         if one.weight is not None:
             self.fixed = torch.stack([_cast(m.weight) for m in models if m.weight is not None])
@@ -157,6 +156,10 @@ def with_gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor,
         f = value(x)
         (g,) = torch.autograd.grad(f.sum(), x)
     return f.detach(), g
+
+
+def _f64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _cast(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 Fun = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _DECREASE, _CURVATURE = 1e-4, 0.9
+_PATIENCE = 100
 
 
 def minimise(
@@ -43,11 +44,15 @@ def minimise(
     valid: list[Tensor] = []  # of each pair, 0 where a problem has dropped it
     stuck = torch.zeros_like(f, dtype=torch.bool)
     fresh = torch.ones_like(stuck)  # the step is that of steepest descent
+    mark, least = f.clone(), torch.full_like(f, torch.inf)
     step = 0
     for step in range(steps):
         free = torch.ones_like(x) if lower is None else (~(lower & (x <= 0) & (g > 0))).to(x)
         p = g * free
         norm = p.norm(dim=1)
+        if step % _PATIENCE == _PATIENCE - 1:  # nothing but rounding moves any more
+            stuck |= (mark - f <= 1e-13 * f.abs()) & (norm > least / 2)
+            mark, least = f.clone(), torch.minimum(least, norm)
         done = (norm <= tol) | stuck | ~norm.isfinite()
         if bool(done.all()):
             break
@@ -57,7 +62,8 @@ def minimise(
         fresh = poor if pairs else torch.ones_like(poor)
         d = torch.where(poor[:, None], -p, d)
         slope = (d * p).sum(1)
-        t = torch.where(fresh, (1 / norm.clamp(min=1e-300)).clamp(max=1.0), 1.0)
+        first = 0.1 * x.norm(dim=1) / norm.clamp(min=1e-300)  # a tenth of where we stand
+        t = torch.where(fresh, first.clamp(max=1.0), 1.0)
         found, x1, f1, g1 = _search(fun, x, f, g, d, slope, t, done, lower)
         s, y = x1 - x, g1 - g
         pairs.append((s, y))

@@ -101,7 +101,7 @@ def _room(model: UFM, rank: int, what: str) -> None:
 
 
 def _shrunk(value: Tensor, N: float, kappa: float, depth: int) -> Tensor:
-    """argmin over s ≥ 0 of (s − σ)²/2N + (L+1)/2 · (κ s)^{2/(L+1)}, elementwise."""
+    """Argmin over s ≥ 0 of (s − σ)²/2N + (L+1)/2 · (κ s)^{2/(L+1)}, elementwise."""
     if depth == 1:
         return (value - N * kappa).clamp(min=0)
     power = 2 / (depth + 1)

@@ -153,7 +153,7 @@ def solve(
     Raises:
         InputError: ``restarts``, ``steps``, ``tol`` or ``start`` not positive.
     """
-    return solve_many([model], seed=seed, restarts=restarts, tol=tol, steps=steps, start=start)[0]
+    return _solve([model], seed, restarts, tol, steps, start)[0]
 
 
 def solve_many(
@@ -187,11 +187,17 @@ def solve_many(
     Raises:
         InputError: ``restarts``, ``steps``, ``tol`` or ``start`` not positive.
     """
+    return _solve(models, seed, restarts, tol, steps, start)
+
+
+def _solve(
+    models: Sequence[UFM], seed: int, restarts: int, tol: float, steps: int, start: float
+) -> list[Solution]:
     for name, value in (("restarts", restarts), ("steps", steps), ("tol", tol), ("start", start)):
         if not value > 0:
             raise InputError(f"{name} must be > 0, got {value}.")
     for message in dict.fromkeys(m for model in models for m in outside(model)):
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, UserWarning, stacklevel=3)
     kinds: dict[object, list[int]] = {}
     for i, model in enumerate(models):
         kinds.setdefault(kind(model), []).append(i)
@@ -202,6 +208,8 @@ def solve_many(
         x, f, norm, taken = minimise(
             batch.with_gradient, batch.start(draws, start), lower=batch.lower, tol=tol, steps=steps
         )
+        if batch.lower is not None:
+            x, f, norm, taken = _nudged(batch, draws, (x, f, norm, taken), tol, steps)
         best = f.nan_to_num(torch.inf).unflatten(0, (-1, restarts)).argmin(1)
         parts = batch.parts(x)
         for j, i in enumerate(members):
@@ -216,9 +224,40 @@ def solve_many(
             f"gradient norm is {worst:.1e}, tol = {tol:.1e}. Raise steps, take more restarts, or "
             "accept it (kinks of ReLU can keep the norm up).",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return [found[i] for i in range(len(models))]
+
+
+_Found = tuple[Tensor, Tensor, Tensor, int]
+
+
+def _nudged(
+    batch: Batch, draws: Sequence[torch.Generator], found: _Found, tol: float, steps: int
+) -> _Found:
+    """Minimise again from the minimum plus noise of its size, as long as that helps.
+
+    Features of a class that a projection has set to 0 all at once sit on a saddle.
+    """
+    x, f, norm, taken = found
+    for _ in range(5):
+        noise = torch.stack([torch.randn(x.shape[1], generator=g).double() for g in draws])
+        beside = x + x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 * noise
+        assert batch.lower is not None
+        beside = torch.where(batch.lower, beside.abs(), beside)
+        y, fy, norm_y, more = minimise(
+            batch.with_gradient, beside, lower=batch.lower, tol=tol, steps=steps
+        )
+        taken += more
+        better = fy < f - 1e-10 * f.abs()
+        x, f, norm = (
+            torch.where(better[:, None], y, x),
+            torch.where(better, fy, f),
+            torch.where(better, norm_y, norm),
+        )
+        if not bool(better.any()):
+            break
+    return x, f, norm, taken
 
 
 def solution(

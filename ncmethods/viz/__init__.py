@@ -22,7 +22,7 @@ from ncmethods.viz.figures import (
     scatter,
     spectrum,
 )
-from ncmethods.viz.incremental import accuracy_matrix, session_curves
+from ncmethods.viz.incremental import accuracy_matrix, session_curves, write_sessions
 from ncmethods.viz.page import Details, Heading, Image, Section, Table, Text, html_report
 from ncmethods.viz.run import (
     comparison_page,
@@ -76,4 +76,5 @@ __all__ = [
     "summary",
     "text_table",
     "write_comparison",
+    "write_sessions",
 ]

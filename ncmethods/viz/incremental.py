@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ncmethods._core import InputError
+from ncmethods._core import InputError, write_text
 from ncmethods.viz.figures import COLORS, INK, SMALL, STYLES, TITLE, _figure, _heatmap, _legend
+from ncmethods.viz.page import Details, Image, Section, Table, html_report
+from ncmethods.viz.tables import paired, summary, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_matrix", "session_curves"]
+__all__ = ["accuracy_matrix", "session_curves", "write_sessions"]
 
 
 def session_curves(
@@ -84,3 +87,51 @@ def accuracy_matrix(matrix: Tensor, *, title: str = "") -> Figure:
     axes.set_ylabel("after session", fontsize=SMALL, color=INK)
     axes.set_title(title, fontsize=TITLE, color=INK)
     return figure
+
+
+def write_sessions(
+    out: Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    columns: Mapping[str, tuple[str, float, int]],
+    *,
+    title: str,
+    command: str = "",
+) -> tuple[str, dict[str, Figure]]:
+    """OUT/report.html and OUT/table.md of methods that learned classes session by session.
+
+    Args:
+        out: directory.
+        runs: method → of each stream, in the same order of streams, the measures of ``columns``,
+            ``curve`` (accuracy after each session), ``classes_seen`` and ``matrix``.
+        columns: title → (key, factor, decimals); of ``seconds`` no differences are shown.
+        title: of the page.
+        command: that made it.
+
+    Returns:
+        Text for a terminal, and the matrix figure of each method.
+    """
+    table = summary(runs, columns)
+    text = text_table(*table)
+    sections: list[Section] = [
+        Table(*table, "Accuracies in per cent; mean ± sd over class orders and seeds.")
+    ]
+    if len(runs) > 1:
+        differences = paired(runs, {k: v for k, v in columns.items() if v[0] != "seconds"})
+        sections.append(Table(*differences, "Differences within the same order and seed."))
+        text += "\n\n" + text_table(*differences)
+    curves = session_curves(
+        {name: [[100 * a for a in run["curve"]] for run in of] for name, of in runs.items()},
+        next(iter(runs.values()))[0]["classes_seen"],
+        label="accuracy over seen classes, per cent",
+    )
+    caption = "Mean over orders and seeds; of up to four methods also the range."
+    sections.append(Image(curves, caption))
+    figures = {}
+    for name, of in runs.items():
+        matrix = torch.stack([run["matrix"] for run in of]).mean(0)
+        figures[name] = accuracy_matrix(matrix, title=name)
+        sections.append(Image(figures[name], "Mean over orders and seeds."))
+    sections.append(Details("Command", command))
+    page = html_report(out / "report.html", title=title, sections=sections)
+    write_text(out / "table.md", text + "\n")
+    return f"\n{text}\n\nreport: {page}", figures

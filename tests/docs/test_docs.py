@@ -125,6 +125,7 @@ def methods() -> list[str]:
 
     names = [f"frames.{n}" for n in frames.__all__]
     names += [f"heads.{n}" for n in heads.__all__ if is_builder(getattr(heads, n))]
+    names += ["heads.lda", "heads.ncm", "heads.ridge"]
     names += [f"losses.{n}" for n in losses.__all__ if inspect.isfunction(getattr(losses, n))]
     names += [f"ood.{n}" for n, one in vars(ood).items() if n in ood.__all__ and is_scorer(one)]
     names += ["ood.Threshold", "ood.benjamini_hochberg", "ood.Detector"]
