@@ -18,6 +18,7 @@ from ncmethods.heads.normalized import (
 )
 from ncmethods.heads.prime import PrimeHead, prime_head
 from ncmethods.heads.rotated import RotatedHead, rotated_head
+from ncmethods.heads.skip import PartlyTuned, skip_layer
 from ncmethods.heads.swap import swap_head
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MultiCentreHead",
     "NormalizedHead",
     "Output",
+    "PartlyTuned",
     "PrimeHead",
     "RotatedHead",
     "class_lengths",
@@ -50,6 +52,7 @@ __all__ = [
     "prime_head",
     "ridge",
     "rotated_head",
+    "skip_layer",
     "swap_head",
     "to_conv",
     "to_linear",
