@@ -293,7 +293,8 @@ class LayerWatch:
     Args:
         model: any model; one with a classifier head where ``"head"`` is among the layers.
         layers: dotted module names; ``"head"`` stands for what the classifier's rows act on.
-        pool: makes features [N, D] of an output with more than two axes.
+        pool: makes features [N, D] of an output with more than two axes; needed for maps whose
+            channels come last, as in Swin: ``lambda x: x.mean((1, 2))``.
         name: dotted name of the head, where several fit.
 
     Raises:
