@@ -26,6 +26,7 @@ _ROOMS = (
     "tracking",
     "training",
     "transfer",
+    "ufm",
     "viz",
 )
 

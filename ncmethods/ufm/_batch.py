@@ -94,7 +94,7 @@ class Batch:
         out = {}
         pieces = torch.split(x * self.scale, self.sizes, dim=1)
         for (name, shape), piece in zip(self.model.shapes.items(), pieces):
-            out[name] = piece.unflatten(1, shape)
+            out[name] = piece.reshape(len(x), *shape)
         if self.model.constraint == "sphere":
             out = {name: F.normalize(part, dim=-1) for name, part in out.items()}
         if self.fixed is not None:

@@ -215,7 +215,7 @@ class UFM:
 
     @property
     def rows_of_features(self) -> int:
-        """Number of features: N, or M if folded."""
+        """How many features there are, N, or M if folded."""
         return self.rows if self.folded else self.N
 
     @property

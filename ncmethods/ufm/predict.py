@@ -57,6 +57,8 @@ def predict(model: UFM) -> Prediction:
       to an orthogonal frame beyond.
     * CE, label smoothing, focal, ridge, one layer, balanced classes, any bias: a simplex ETF whose
       margin s solves p_y(s) = target_y − (K−1)√(nλ_Hλ_W) (focal: the same with its slope).
+    * CE and label smoothing, h ≥ 0, ridge, one layer, no bias, any counts: orthogonal features with
+      p_k = target_y − N √(λ_Hλ_W (K−1)/(K n_k)); a class for which this falls to 1/K vanishes.
     * CE and label smoothing on the sphere: a simplex ETF.
     * SupCon: a simplex ETF if balanced, an orthogonal frame for h ≥ 0 and any counts.
 
@@ -102,22 +104,26 @@ def _room(model: UFM, rank: int, what: str) -> None:
 
 def _shrunk(value: Tensor, N: float, kappa: float, depth: int) -> Tensor:
     """Argmin over s ≥ 0 of (s − σ)²/2N + (L+1)/2 · (κ s)^{2/(L+1)}, elementwise."""
+    s: Tensor
     if depth == 1:
-        return (value - N * kappa).clamp(min=0)
+        s = (value - N * kappa).clamp(min=0)
+        return s
     power = 2 / (depth + 1)
+    scale: float = kappa**power
 
     def slope(s: Tensor) -> Tensor:
-        return (s - value) / N + kappa**power * s.clamp(min=1e-300) ** (power - 1)
+        return (s - value) / N + scale * s.clamp(min=1e-300) ** (power - 1)
 
     def cost(s: Tensor) -> Tensor:
         return (s - value).square() / (2 * N) + (depth + 1) / 2 * (kappa * s) ** power
 
     # The slope falls, then rises: its larger zero, if any, lies right of its minimum.
-    turn = (N * kappa**power * (1 - power)) ** (1 / (2 - power))
+    turn = (N * scale * (1 - power)) ** (1 / (2 - power))
     low = torch.full_like(value, turn)
     s = _root(slope, low, value.clamp(min=turn))
     s = torch.where(slope(low) < 0, s, 0.0)
-    return torch.where(cost(s) < cost(torch.zeros_like(s)), s, 0.0)
+    s = torch.where(cost(s) < cost(torch.zeros_like(s)), s, 0.0)
+    return s
 
 
 def _root(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
@@ -180,6 +186,8 @@ def _squared(model: UFM) -> Prediction:
 
 def _entropy(model: UFM) -> Prediction:
     K, lam_h, lam_w = model.num_classes, float(model.penalty_h[0]), float(model.penalty_w[0])
+    if model.constraint == "nonnegative" and model.loss in ("ce", "label-smoothing"):
+        return _entropy_of_axes(model)
     if model.loss == "pick-all-label" or not (model.one_hot and model.balanced):
         raise _unknown(f"for {model.loss} with unequal counts or targets that are no classes")
     if model.depth > 1 or model.constraint != "ridge":
@@ -198,11 +206,15 @@ def _entropy(model: UFM) -> Prediction:
             pull = gamma * (1 - p) ** gamma * p * torch.log(p) - (1 - p) ** (gamma + 1)
             return pull + kappa * (K - 1)
 
-        low = torch.zeros(1, dtype=torch.float64)
-        if gamma < 0 or float(rise(low)) >= 0:
-            s = low
-        else:
-            s = _root(rise, low, low + 700)
+        def cost(s: Tensor) -> Tensor:
+            p = 1 / (1 + (K - 1) * torch.exp(-s))
+            return (1 - p) ** gamma * -torch.log(p) + kappa * (K - 1) * s
+
+        zero = torch.zeros(1, dtype=torch.float64)
+        far = min(700.0, float(cost(zero)) / (kappa * (K - 1)))  # the penalty alone costs as much
+        grid = torch.linspace(0, far, 100_001, dtype=torch.float64)
+        i = int(cost(grid).argmin())  # the slope may change its sign more than once
+        s = zero if i == 0 else _root(rise, grid[i - 1], grid[min(i + 1, len(grid) - 1)])
         margin = float(s)
     else:
         p = goal - kappa * (K - 1)
@@ -217,6 +229,36 @@ def _entropy(model: UFM) -> Prediction:
     values = torch.full((K - 1,), margin * math.sqrt(n), dtype=torch.float64)
     loss = fit + kappa * (K - 1) * margin
     return Prediction(features, weight, bias, logits, values, loss)
+
+
+def _entropy_of_axes(model: UFM) -> Prediction:
+    """CE with h ≥ 0: each class has an axis of its own, and a problem in one margin.
+
+    On its axis the column of W is m (e_k − 1/K)/a for the length a and the margin m of class k, so
+    the penalties cost √(n_kλ_Hλ_W) √((K−1)/K) m.
+    """
+    if not (model.one_hot and model.depth == 1 and model.bias == "none"):
+        raise _unknown(f"for {model.loss} with h ≥ 0 and layers, a bias or targets of this kind")
+    if float(model.penalty_h.min() * model.penalty_w[0]) == 0:
+        raise _unknown("without penalties on features and layers: the scale is not determined")
+    K, n, N = model.num_classes, model.numbers, float(model.N)
+    _room(model, K, "an axis for each class")
+    lam_w, each = model.penalty_w[0], n * model.penalty_h
+    goal = 1 - model.epsilon * (K - 1) / K if model.loss == "label-smoothing" else 1.0
+    cost = (each * lam_w * (K - 1) / K).sqrt()
+    p = goal - cost * N / n
+    margin = torch.where(p > 1 / K, (p * (K - 1) / (1 - p)).clamp(min=1).log(), 0.0)
+    power = margin * math.sqrt((K - 1) / K)  # ‖v‖ a, with v the column of W
+    lengths = (power * (lam_w / each).sqrt()).sqrt()
+    columns = torch.eye(K, dtype=torch.float64) - 1 / K
+    weight = columns * margin / lengths.masked_fill(lengths == 0, 1.0)
+    features = torch.diag(lengths)
+    logits = features @ weight.T
+    y = torch.arange(K)
+    smooth = model.epsilon if model.loss == "label-smoothing" else 0.0
+    fit = (n * F.cross_entropy(logits, y, reduction="none", label_smoothing=smooth)).sum() / N
+    values = torch.linalg.svdvals(logits * n.sqrt()[:, None])
+    return Prediction(features, weight, None, logits, values, float(fit + (cost * margin).sum()))
 
 
 def _fit(model: UFM, logits: Tensor) -> float:

@@ -210,7 +210,7 @@ def _solve(
         )
         if batch.lower is not None:
             x, f, norm, taken = _nudged(batch, draws, (x, f, norm, taken), tol, steps)
-        best = f.nan_to_num(torch.inf).unflatten(0, (-1, restarts)).argmin(1)
+        best = f.nan_to_num(torch.inf).view(-1, restarts).argmin(1)
         parts = batch.parts(x)
         for j, i in enumerate(members):
             row = j * restarts + int(best[j])
@@ -235,12 +235,13 @@ _Found = tuple[Tensor, Tensor, Tensor, int]
 def _nudged(
     batch: Batch, draws: Sequence[torch.Generator], found: _Found, tol: float, steps: int
 ) -> _Found:
-    """Minimise again from the minimum plus noise of its size, as long as that helps.
+    """Minimise again from the minimum plus noise of its size, until that fails three times.
 
     Features of a class that a projection has set to 0 all at once sit on a saddle.
     """
     x, f, norm, taken = found
-    for _ in range(5):
+    idle = 0
+    while idle < 3:
         noise = torch.stack([torch.randn(x.shape[1], generator=g).double() for g in draws])
         beside = x + x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 * noise
         assert batch.lower is not None
@@ -255,8 +256,7 @@ def _nudged(
             torch.where(better, fy, f),
             torch.where(better, norm_y, norm),
         )
-        if not bool(better.any()):
-            break
+        idle = 0 if bool(better.any()) else idle + 1
     return x, f, norm, taken
 
 
@@ -345,8 +345,8 @@ def flow(
     moments = torch.as_tensor(times, dtype=torch.float64)
     if moments.ndim != 1 or not len(moments) or float(moments[0]) < 0:
         raise InputError(f"times must be [T] from 0 on, got {tuple(moments.shape)}.")
-    if bool((moments.diff() <= 0).any()):
-        raise InputError("times must increase.")
+    if bool((moments.diff() <= 0).any()) or float(moments[-1]) == 0:
+        raise InputError("times must increase, and end beyond 0.")
     if model.constraint == "nonnegative" or (
         model.constraint == "sphere" and model.loss != "supcon"
     ):
@@ -369,14 +369,14 @@ def flow(
         if not central:
             return h
         H = h.view(-1, D)
-        m = batch.multiple[0]
-        A = (H * m[:, None]).T @ H / model.N + model.penalty_w[0] * torch.eye(D).double()
-        W = torch.linalg.solve(A, (H * m[:, None]).T @ batch.targets[0] / model.N).T
+        P = (H * batch.multiple[0][:, None]).T / model.N
+        A = P @ H + model.penalty_w[0] * torch.eye(D, dtype=torch.float64)
+        W: Tensor = torch.linalg.solve(A, P @ batch.targets[0]).T
         return torch.cat([h, W.reshape(1, -1)], 1)
 
     def speed(_: float, y: object) -> object:
         h = torch.as_tensor(y, dtype=torch.float64)[None]
-        _, g = with_gradient(lambda x: batch.value(whole(x)), h)
+        g = with_gradient(lambda x: batch.value(whole(x)), h)[1]
         return (-g[0] * (model.N if central else 1)).numpy()
 
     first = x0[:, :size] if central else x0
@@ -398,4 +398,5 @@ def flow(
         f, g = batch.with_gradient(x)
         one = {name: part[0] for name, part in batch.parts(x).items()}
         solutions.append(solution(model, one, float(f), float(g.norm()), 0, 1e-9))
-    return Flow(moments, torch.tensor([s.loss for s in solutions]).double(), solutions)
+    losses = torch.tensor([s.loss for s in solutions], dtype=torch.float64)
+    return Flow(moments, losses, solutions)

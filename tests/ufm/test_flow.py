@@ -90,10 +90,19 @@ def test_flow_follows_the_gradient():
     assert float(path.loss[-1]) == end.loss
 
 
+def test_flow_of_supcon():
+    model = UFM(3, 4, 3, "supcon", constraint="sphere", temperature=0.5)
+    path = flow(model, [0.0, 10.0, 400.0])
+    assert path.loss.tolist() == sorted(path.loss.tolist(), reverse=True)
+    assert float(path.loss[-1]) == pytest.approx(predict(model).loss, abs=1e-6)
+    assert path.solutions[0].features.norm(dim=1).tolist() == pytest.approx([1.0] * 9)
+
+
 @pytest.mark.parametrize(
     ("change", "times", "central", "message"),
     [
         ({}, [0.0, 0.0], False, "must increase"),
+        ({}, [0.0], False, "end beyond 0"),
         ({}, [-1.0, 0.0], False, "from 0 on"),
         ({"constraint": "nonnegative"}, [1.0], False, "free variables"),
         ({"constraint": "sphere", "loss": "ce"}, [1.0], False, "free variables"),

@@ -114,10 +114,28 @@ def test_imbalanced_cross_entropy_with_nonnegative_features():
     assert metrics.trace_ratio(s.stats) < 1e-12
     lengths = s.means.norm(dim=1)
     assert (lengths.diff() > 0.1).all()
-    # A class alone on its axis: the whole problem is one of K lengths, solved here by itself.
-    W = s.weight - s.weight.mean(0)
-    active = F.normalize(s.means, dim=1)
-    close(W - (W @ active.T) @ active, torch.zeros_like(W), 1e-6)
+    p = predict(model)
+    close(lengths, p.features.norm(dim=1), 1e-6)
+    close(gram(s.weight), gram(p.weight), 1e-5)
+    assert s.loss == pytest.approx(p.loss, abs=1e-10)
+
+
+def test_threshold_of_minority_collapse_with_nonnegative_features():
+    """A class vanishes iff √n_k ≤ N √(λ_Hλ_W K/(K−1)); label smoothing as well."""
+    n = torch.tensor([40, 20, 8, 2])
+    for loss in ("ce", "label-smoothing"):
+        edge = math.sqrt(2 * 3 / 4) / 70 * (1 if loss == "ce" else 0.9)
+        models = [
+            UFM(4, 6, n, loss, ridge_w=f * edge, ridge_h=f * edge, constraint="nonnegative",
+                folded=True)
+            for f in (0.95, 1.05)
+        ]  # fmt: skip
+        for s, gone in zip(solve_many(models, restarts=12), (False, True)):
+            assert bool(s.means[3].norm() < 1e-6) == gone
+            p = predict(s.model)
+            assert bool(p.features[3].norm() == 0) == gone
+            assert s.loss == pytest.approx(p.loss, abs=1e-10)
+            close(s.logits, p.logits, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])

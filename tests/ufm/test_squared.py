@@ -1,16 +1,19 @@
 """Squared error: numerical minima against closed forms, settings and tolerances of the sheet."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
 
 from ncmethods import metrics
 from ncmethods.data import long_tail_counts
 from ncmethods.ufm import UFM, mixup_targets, predict, solve, solve_many
+from ncmethods.ufm._batch import Batch
 
 
 def gram(rows):
@@ -106,7 +109,8 @@ def test_norms_of_imbalanced_classes(profile, folded):
         s = solve(model)
     close(gram(s.means), torch.diag(left * math.sqrt(lam_w / lam_h) / n), 1e-4)
     close(gram(s.weight), torch.diag(left * math.sqrt(lam_h / lam_w)), 1e-4)
-    assert (left == 0).any() and (left > 0).any()  # some vanish, some do not
+    assert (left == 0).any()  # some vanish,
+    assert (left > 0).any()  # some do not
     assert s.loss == pytest.approx(predict(model).loss, abs=1e-10)
     assert s.stats.counts.tolist() == counts
 
@@ -201,6 +205,35 @@ def test_deep_relu_has_minima_below_collapse():
     with pytest.warns(UserWarning, match="did not converge"):
         s = solve(model, restarts=5, steps=300)
     assert s.loss < 0.98 * collapse
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_deep_relu_of_two_classes_collapses(depth):
+    """K = 2: no solution lies below collapse, and the best start reaches it, of rank 2."""
+    model = UFM(2, 8, 3, "mse", ridge_w=4e-3, ridge_h=4e-3, depth=depth, relu=True, folded=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kinks keep the gradient up
+        s = solve(model, restarts=8, steps=400)
+    best = predict(replace(model, relu=False)).loss
+    assert s.loss == pytest.approx(best, abs=1e-6)
+    for h, W in zip(s.inputs, s.layers):
+        assert torch.linalg.matrix_rank(h, atol=1e-2) == 2
+        assert torch.linalg.matrix_rank(W, atol=1e-2) == 2
+    for h in s.inputs[1:]:
+        assert F.cosine_similarity(h[0], h[1], dim=0).abs() < 1e-2
+
+
+def test_other_critical_points_are_strict_saddles():
+    """Leaving classes out gives a critical point whose Hessian has a negative eigenvalue."""
+    model = UFM(3, 3, 2, "mse", ridge_w=1e-2, ridge_h=1e-2, folded=True)
+    p, batch = predict(model), Batch([model], scaled=False)
+    for left in (0, 1, 2, 3):
+        keep = (torch.arange(3) < left).double()[:, None]
+        x = torch.cat([(keep * p.features).flatten(), (keep * p.weight).flatten()])
+        assert batch.with_gradient(x[None])[1].norm() < 1e-12
+        H = torch.autograd.functional.hessian(lambda v: batch.value(v[None])[0], x)
+        least = float(torch.linalg.eigvalsh(H)[0])
+        assert (least < -1e-2) if left < 3 else (least > -1e-12)
 
 
 def test_law_of_neural_regression_collapse():
