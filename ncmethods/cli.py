@@ -40,16 +40,17 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def load_recipe(name: str) -> ModuleType:
-    """The module of a recipe, by file name without its ending.
+def load_recipe(name: str, folder: str = "") -> ModuleType:
+    """The module of a recipe, by file name without its ending; of a study in ``folder="studies"``.
 
     Raises:
         InputError: no such recipe.
     """
-    check_choice(name, sorted(p.stem for p in recipes_dir().glob("[a-z]*.py")), "recipe")
-    full = f"ncmethods.recipes.{name}"
+    place = recipes_dir() / folder
+    check_choice(name, sorted(p.stem for p in place.glob("[a-z]*.py")), folder or "recipe")
+    full = ".".join(filter(None, ("ncmethods.recipes", folder, name)))
     if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, recipes_dir() / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(full, place / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -67,6 +68,12 @@ def recipes() -> dict[str, ModuleType]:
     """Command → recipe; each has ``main(config)``, and that is all it takes."""
     stems = sorted(p.stem for p in recipes_dir().glob("[a-z]*.py"))
     return {COMMANDS.get(stem, stem.replace("_", "-")): load_recipe(stem) for stem in stems}
+
+
+def studies() -> dict[str, Path]:
+    """Name → file of a study."""
+    found = sorted((recipes_dir() / "studies").glob("[a-z]*.py"))
+    return {path.stem.replace("_", "-"): path for path in found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,6 +594,22 @@ def copy(args: Copy) -> None:
     print(target)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Run a study by name, `ncmethods study list` prints them; --help after a name its options."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = "list"
+    """Of the study, or list."""
+
+
+def study(args: Study) -> None:
+    """Run ``ncmethods study list``; studies themselves have options of their own."""
+    check_choice(args.name, ["list", *studies()], "study")
+    for name in studies():
+        module = load_recipe(name.replace("-", "_"), "studies")
+        print(f"{name}: {(module.__doc__ or '').splitlines()[0]}")
+
+
 def has_protocols(kind: Any) -> bool:
     """Whether a command starts from ``--protocol`` or ``--config`` where they are given."""
     return {"protocol", "config"} <= {f.name for f in dataclass_fields(kind)}
@@ -634,7 +657,14 @@ def main(argv: list[str] | None = None) -> None:
         "report": (Report, report),
         "list": (List, list_names),
         "copy": (Copy, copy),
+        "study": (Study, study),
     }
+    prog = "ncmethods"
+    if argv[:1] == ["study"] and argv[1:2] and argv[1] in studies():
+        module = load_recipe(argv[1].replace("-", "_"), "studies")
+        prog, argv = "ncmethods study", argv[1:]
+        commands = {argv[0]: (module.CONFIG, module.main)}
+        argv = argv[1:]
     union: Any = None
     for name, (config, _) in commands.items():
         how: dict[str, Any] = {"prefix_name": False}
@@ -646,9 +676,12 @@ def main(argv: list[str] | None = None) -> None:
                 sys.exit(2)
         one: Any = Annotated[config, tyro.conf.subcommand(name, **how)]
         union = one if union is None else union | one
+    if prog != "ncmethods":  # one study
+        ((name, (union, _)),) = commands.items()
+        prog = f"{prog} {name}"
     chosen = tyro.cli(
         union,
-        prog="ncmethods",
+        prog=prog,
         description="Collapse-aware training methods for PyTorch.",
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
