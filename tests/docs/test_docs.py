@@ -86,10 +86,11 @@ def test_command_parses(page, command, monkeypatch, tmp_path):
     ran = []
     monkeypatch.chdir(tmp_path)  # recipe.json of what is parsed
     recipes = [cli.load_recipe(p.stem) for p in cli.recipes_dir().glob("[a-z]*.py")]
+    recipes += [cli.load_recipe(p.stem, "studies") for p in cli.studies().values()]
     verbs = [name for name, config in vars(cli).items() if name.islower() and callable(config)]
     for module, name in [*((r, "main") for r in recipes), *((cli, v) for v in verbs)]:
         if module is not cli or name in {
-            "measure", "extract", "fetch", "report", "copy", "list_names"
+            "measure", "extract", "fetch", "report", "copy", "list_names", "study"
         }:  # fmt: skip
             monkeypatch.setattr(module, name, ran.append)
     words = shlex.split(command)
