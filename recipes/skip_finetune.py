@@ -242,6 +242,8 @@ def main(config: SkipFinetune) -> None:
     sources = [source_of(name, config) for name in names] * (
         1 if len(names) > 1 else len(config.seeds)
     )
+    for method in config.methods:  # a block that is missing is missed before anything is trained
+        training.build_model(described(sources[0], method, block, 2))
     load = cache(seen_by)
     candidates = grid(config.train, lr=config.lrs)
     runs: dict[str, list[tuple[Path, list[dict[str, Any]]]]] = {m: [] for m in config.methods}
