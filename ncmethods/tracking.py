@@ -296,6 +296,38 @@ class Tracker:
         return self.run_id
 
 
+def track_sessions(
+    out: Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    figures: Mapping[str, Any],
+    *,
+    group: str,
+    prefix: str,
+    wandb: bool,
+) -> None:
+    """OUT/<method>/summary of methods that learned session by session, and W&B.
+
+    Args:
+        out: directory.
+        runs: method → its streams; of the first one the measures by session, ``rows``, are kept.
+        figures: method → the figure of its matrix.
+        group: in W&B.
+        prefix: of the names in W&B.
+        wandb: whether to feed W&B.
+    """
+    for name, of in runs.items():
+        with Tracker(
+            out / name / "summary",
+            name=f"{prefix}-{name}",
+            group=group,
+            config={"method": name},
+            wandb=wandb,
+        ) as tracker:
+            for row in of[0]["rows"]:
+                tracker.log({f"inc/{k}": v for k, v in row.items()})
+            tracker.figures({"matrix": figures[name]})
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:

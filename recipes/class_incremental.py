@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ncmethods import data, incremental, metrics, tracking, training, viz
-from ncmethods._core import InputError, check_choice, write_text
+from ncmethods._core import InputError, write_text
 from ncmethods.data import DeviceLoader, ImageData, Session, Splits
 from ncmethods.features import FeatureSet, extract
 from ncmethods.heads import Classifier
@@ -311,10 +311,7 @@ def tuned(name: str, config: ClassIncremental, held_out: Splits, here: Process) 
 
 def main(config: ClassIncremental) -> None:
     """Train every method on every stream, then print and write the comparison."""
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise InputError(f"Name at least one method, and none twice: got {list(config.methods)}.")
-    for name in config.methods:
-        check_choice(name, METHODS, "method")
+    training.check_methods(config.methods, METHODS)
     splits, runs = config.data.load(), {}
     with training.process(config.train.device) as here:
         for name in config.methods:
@@ -343,15 +340,7 @@ def main(config: ClassIncremental) -> None:
         title="Class-incremental learning",
         command=" ".join(sys.argv),
     )
-    for name, of in runs.items():
-        with tracking.Tracker(
-            config.out / name / "summary",
-            name=f"inc-{name}",
-            group="class-incremental",
-            config={"method": name},
-            wandb=config.wandb,
-        ) as tracker:
-            for row in of[0]["rows"]:
-                tracker.log({f"inc/{k}": v for k, v in row.items()})
-            tracker.figures({"matrix": figures[name]})
+    tracking.track_sessions(
+        config.out, runs, figures, group="class-incremental", prefix="inc", wandb=config.wandb
+    )
     print(text)

@@ -18,17 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from ncmethods import data, losses, viz
 from ncmethods.training import Method, TrainConfig, grid, jobs_of, sweep
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
-
+from ncmethods.training import cross_entropy as ce
 
 BARE = {"neck": None}  # rows that features after a ReLU can reach need no neck
 METHODS = {

@@ -38,16 +38,12 @@ from ncmethods.training import (
     stage_two,
     sweep,
 )
+from ncmethods.training import cross_entropy as ce
 from ncmethods.training.cached import CachedRun
 from ncmethods.training.sweep import Runs
 
 WIDTH = 128  # of the projections
 TEMPERATURE = 0.07
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
 
 
 class Projection(nn.Module):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncmethods import data, heads, losses, metrics, tracking, training, viz
-from ncmethods._core import InputError, atomic_path, check_choice, write_text
+from ncmethods._core import InputError, atomic_path, write_text
 from ncmethods.data import DeviceLoader, ImageData, Splits
 from ncmethods.features import FeatureSet, extract
 from ncmethods.heads import Classifier
@@ -297,7 +297,7 @@ def base_model(
     vertices.add(seen)
     head: dict[str, Any] = {"head": "linear"}
     start: dict[str, Tensor] | None = None
-    loss: Callable[..., Tensor] = cross_entropy
+    loss: Callable[..., Tensor] = training.cross_entropy
     if kind == "etf":
         head = {"head": "etf_head", "head_args": {"dim": config.dim, "neck": "residual"}}
         loss = losses.dot_regression
@@ -326,11 +326,6 @@ def base_model(
     run = load_run(place)
     vertices.add(K - seen)
     return run.model, vertices.rows, (list(run.preprocess.mean), list(run.preprocess.std))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
 
 
 def named(images: ImageData, seen: int) -> ImageData:
@@ -511,10 +506,7 @@ def tuned(config: FewShotIncremental, here: Process) -> dict[str, Finetune]:
 
 def main(config: FewShotIncremental) -> None:
     """Run every method on every stream, then print and write the comparison."""
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise InputError(f"Name at least one method, and none twice: got {list(config.methods)}.")
-    for name in config.methods:
-        check_choice(name, METHODS, "method")
+    training.check_methods(config.methods, METHODS)
     with training.process(config.train.device) as here:
         chosen = tuned(config, here)
         splits = loaded(config)
@@ -528,15 +520,7 @@ def main(config: FewShotIncremental) -> None:
         title="Few-shot incremental learning",
         command=" ".join(sys.argv),
     )
-    for name, of in runs.items():
-        with tracking.Tracker(
-            config.out / name / "summary",
-            name=f"fscil-{name}",
-            group="few-shot-incremental",
-            config={"method": name},
-            wandb=config.wandb,
-        ) as tracker:
-            for row in of[0]["rows"]:
-                tracker.log({f"inc/{k}": v for k, v in row.items()})
-            tracker.figures({"matrix": figures[name]})
+    tracking.track_sessions(
+        config.out, runs, figures, group="few-shot-incremental", prefix="fscil", wandb=config.wandb
+    )
     print(text)

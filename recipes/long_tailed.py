@@ -25,11 +25,7 @@ from torch.nn import functional as F
 from ncmethods import data, losses, viz
 from ncmethods.stats import frequency_groups
 from ncmethods.training import Method, TrainConfig, balanced_control, grid, jobs_of, sweep
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
+from ncmethods.training import cross_entropy as ce
 
 
 def ldam_drw(logits: Tensor, labels: Tensor, counts: Tensor, epoch: int, epochs: int) -> Tensor:

@@ -35,12 +35,8 @@ from ncmethods import __version__, data, losses, ood, tracking, training, viz
 from ncmethods._core import InputError, write_text
 from ncmethods.features import FeatureSet
 from ncmethods.training import CachedRun, Method, TrainConfig, jobs_of, sweep
+from ncmethods.training import cross_entropy as ce
 from ncmethods.viz import Details, Heading, Image, Section, Table, Text
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
 
 
 def entropy(logits: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ncmethods import data, metrics, models, training, viz
-from ncmethods._core import InputError, atomic_path, check_choice, write_text
+from ncmethods._core import InputError, atomic_path, write_text
 from ncmethods.data import ImageData, Splits, TailConfig
 from ncmethods.data.outliers import fitted
 from ncmethods.features import extract
@@ -50,13 +49,8 @@ from ncmethods.training import (
     sweep,
     tune,
 )
+from ncmethods.training import cross_entropy as ce
 from ncmethods.training.config import GrayToRGB
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
-
 
 METHODS = ("full", "linear", "layer", "skip")
 TABLE = {
@@ -228,10 +222,7 @@ def before(
 
 def main(config: SkipFinetune) -> None:
     """Train, then print and write the comparison."""
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise InputError(f"Name at least one method, and none twice: got {list(config.methods)}.")
-    for name in config.methods:
-        check_choice(name, METHODS, "method")
+    training.check_methods(config.methods, METHODS)
     if len(config.sources) not in (0, 1, len(config.seeds)):
         raise InputError(
             f"There are {len(config.sources)} sources and {len(config.seeds)} seeds: name one "

@@ -24,7 +24,6 @@ import tyro
 from torch import nn
 
 from ncmethods import losses, training, viz
-from ncmethods._core import InputError, check_choice
 from ncmethods.features import FeatureSet
 from ncmethods.training import stage_two
 from ncmethods.training.cached import CachedRun, check_one_method
@@ -124,10 +123,7 @@ def result(name: str, run: CachedRun, config: StageTwo) -> list[dict[str, Any]]:
 
 def check_methods(run: CachedRun, methods: tuple[str, ...]) -> None:
     """Say now what would fail later; warn where stage one has corrected for the prior already."""
-    if not methods or len(set(methods)) < len(methods):
-        raise InputError(f"Name at least one method, and none twice: got {list(methods)}.")
-    for name in methods:
-        check_choice(name, METHODS, "method")
+    training.check_methods(methods, METHODS)
     if not set(methods) <= set(FROM_FEATURES):
         stage_two.linear_rows(run.model.head)
     sampling = run.config["train"].get("sampling", "instance")

@@ -32,15 +32,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ncmethods import __version__, data, heads, models, tracking, training, transfer, viz
 from ncmethods._core import InputError, check_choice, find_head, unwrap, write_text
 from ncmethods.data import ImageData, TailConfig
 from ncmethods.data.datasets import OWN_TAIL
-from ncmethods.data.outliers import fitted
+from ncmethods.data.outliers import batches_as
 from ncmethods.features import FeatureSet, extract_layers
 from ncmethods.training import Method, TrainConfig, jobs_of, sweep
+from ncmethods.training import cross_entropy as ce
 from ncmethods.viz import Details, Heading, Image, Section, Table, Text
 
 DEFAULT = ("ncti", "logme", "h_score", "gbc", "parc", "cdnv", "nc1", "leep")
@@ -127,11 +127,7 @@ class Target:
         self, see: Seen, size: int, rows: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as the model saw its own, and labels, in order or at ``rows``."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in (see.mean, see.std))
-        rows = torch.arange(len(self.images)) if rows is None else rows
-        for some in rows.chunk(-(-len(rows) // size)):
-            part = self.images.subset(some)
-            yield (fitted(part.images, see.shape) / 255 - mean) / std, part.labels
+        return batches_as(self.images, see.shape, see.mean, see.std, size, rows)
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
@@ -356,11 +352,6 @@ def pool_of(
         if target and not any(name.endswith(f"@{layer}") for name in pool):
             raise InputError(f"None of the models has a layer {layer}.")
     return pool
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels)
 
 
 def small_networks(config: Transferability) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncmethods._core import InputError, check_choice
-from ncmethods.data.datasets import load, names
+from ncmethods.data.datasets import ImageData, load, names
 
 __all__ = ["PATTERNS", "outliers"]
 
@@ -114,3 +114,28 @@ def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if images.shape[-2:] != (H, W):
         images = F.interpolate(images, (H, W), mode="bilinear", antialias=True)
     return images
+
+
+def batches_as(
+    data: ImageData,
+    shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    rows: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as another model wants them, and their labels, in even batches.
+
+    Args:
+        data: images and labels.
+        shape: (C, H, W) that they are brought to, as :func:`fitted` does.
+        mean: of each channel, pixels in [0, 1].
+        std: likewise.
+        batch_size: at most.
+        rows: which images, in this order; all if None.
+    """
+    center, spread = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    rows = torch.arange(len(data)) if rows is None else rows
+    for some in rows.chunk(-(-len(rows) // batch_size)):
+        part = data.subset(some)
+        yield (fitted(part.images, shape) / 255 - center) / spread, part.labels

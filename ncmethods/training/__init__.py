@@ -5,7 +5,7 @@ from ncmethods.training.checkpoint import load_checkpoint, save_checkpoint
 from ncmethods.training.config import ModelConfig, TrainConfig, build_model, lr_factor
 from ncmethods.training.distributed import Process, gather, process
 from ncmethods.training.evaluate import Evaluation, evaluate
-from ncmethods.training.loop import NonFiniteLoss, fit
+from ncmethods.training.loop import NonFiniteLoss, cross_entropy, fit
 from ncmethods.training.runs import Preprocessing, Run, load_run
 from ncmethods.training.stage_two import (
     crt,
@@ -21,7 +21,16 @@ from ncmethods.training.stage_two import (
     unit_features,
     weight_balancing,
 )
-from ncmethods.training.sweep import Job, Method, balanced_control, grid, jobs_of, sweep, tune
+from ncmethods.training.sweep import (
+    Job,
+    Method,
+    balanced_control,
+    check_methods,
+    grid,
+    jobs_of,
+    sweep,
+    tune,
+)
 
 __all__ = [
     "CachedRun",
@@ -36,6 +45,8 @@ __all__ = [
     "TrainConfig",
     "balanced_control",
     "build_model",
+    "check_methods",
+    "cross_entropy",
     "crt",
     "evaluate",
     "fit",

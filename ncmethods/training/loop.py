@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ncmethods import __version__
 from ncmethods._core import (
@@ -49,12 +50,17 @@ from ncmethods.training.distributed import Process, average_gradients
 from ncmethods.training.evaluate import Evaluation, evaluate
 from ncmethods.training.runs import read_json
 
-__all__ = ["NonFiniteLoss", "fit"]
+__all__ = ["NonFiniteLoss", "cross_entropy", "fit"]
 
 OUTLIERS = 10_000  # auxiliary images to draw from
 
 Loss = Callable[..., Any]
 Draw = Callable[[Path, list[dict[str, Any]]], Mapping[str, Any]]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, by the names that :func:`fit` binds a loss to."""
+    return F.cross_entropy(logits, labels)
 
 
 class NonFiniteLoss(NCError):

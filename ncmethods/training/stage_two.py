@@ -18,7 +18,7 @@ from ncmethods.heads import ncm, to_linear
 from ncmethods.metrics import accuracy_by_class
 from ncmethods.stats import nth_of_class
 from ncmethods.training._prior import corrects, name_of, warn_twice
-from ncmethods.training.loop import NonFiniteLoss
+from ncmethods.training.loop import NonFiniteLoss, cross_entropy
 
 __all__ = [
     "crt",
@@ -95,7 +95,7 @@ def crt(
         for p in layer.parameters():
             p.copy_(torch.empty(p.shape, dtype=p.dtype).uniform_(-edge, edge, generator=g))
     learned = [{"params": list(layer.parameters()), "lr": lr}]
-    _train(train, learned, lambda: (layer.weight, layer.bias), loss or _cross_entropy, plan)
+    _train(train, learned, lambda: (layer.weight, layer.bias), loss or cross_entropy, plan)
     return layer
 
 
@@ -158,7 +158,7 @@ def lws(
     def scaled() -> tuple[Tensor, Tensor]:
         return f[:, None] * layer.weight, f * layer.bias
 
-    _train(train, learned, scaled, loss or _cross_entropy, plan)
+    _train(train, learned, scaled, loss or cross_entropy, plan)
     with torch.no_grad():
         for p, folded in zip(layer.parameters(), scaled()):
             p.copy_(folded)
@@ -541,10 +541,6 @@ def _labels(data: FeatureSet) -> Tensor:
 
 
 # --- losses, and what they correct ---------------------------------------------------------------
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
 
 
 def _class_balanced(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,18 @@ class Job(NamedTuple):
     name: str
     method: Method
     data: Sequence[TailConfig]
+
+
+def check_methods(names: Sequence[str], methods: Iterable[str]) -> None:
+    """Raise unless there is a name, none comes twice, and all are methods.
+
+    Raises:
+        InputError: which is not so.
+    """
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"Name at least one method, and none twice: got {list(names)}.")
+    for name in names:
+        check_choice(name, methods, "method")
 
 
 def jobs_of(

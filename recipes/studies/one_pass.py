@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ncmethods import data, heads, metrics, models, ood, training, transfer, viz
 from ncmethods._core import write_text
-from ncmethods.data.outliers import fitted
+from ncmethods.data.outliers import batches_as
 from ncmethods.features import FeatureSet, extract
 from ncmethods.stats import ClassStats
 
@@ -86,18 +86,13 @@ def features_of(config: OnePass, device: torch.device) -> dict[str, FeatureSet]:
         model = heads.Classifier(backbone, nn.Linear(backbone.num_features, 2)).eval().to(device)
         spec = models.input_spec(config.model)
         assert spec is not None
+        shape = (3, config.pixels, config.pixels)
         splits = data.load(config.data, config.root)
         far = data.load(config.far, config.root).train
         for part, images in {"train": splits.train, "test": splits.test, "far": far}.items():
-
-            def batches(images: data.ImageData = images) -> Iterator[tuple[Tensor, Tensor]]:
-                mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
-                for rows in torch.split(torch.arange(len(images)), 100):
-                    x = fitted(images.images[rows], (3, config.pixels, config.pixels))
-                    yield (x / 255 - mean) / std, images.labels[rows]
-
             print(f"{config.model}: {len(images)} {part} images")
-            found = extract(model, batches(), images.num_classes)
+            batches = batches_as(images, shape, spec.mean, spec.std, 100)
+            found = extract(model, batches, images.num_classes)
             FeatureSet(found.features, found.labels, found.num_classes).save(paths[part])
     return {part: FeatureSet.load(path) for part, path in paths.items()}
 
@@ -199,8 +194,8 @@ class Peers:
 
 def answers(
     stats: ClassStats, train: FeatureSet, test: FeatureSet, far: FeatureSet
-) -> tuple[list[Row], dict[str, float]]:
-    """Every answer from the statistic beside its peer, and what the table does not hold."""
+) -> tuple[list[Row], float]:
+    """Every answer from the statistic beside its peer, and the accuracy of LDA."""
     frozen, freezing = timed(stats.freeze)
     peers = Peers(train, test, far)
     layer, fitting = timed(lambda: heads.lda(frozen, shrinkage=SHRINKAGE).double())
@@ -234,14 +229,7 @@ def answers(
     logme, seconds = timed(lambda: transfer.logme(frozen))
     rows.append(Row("LogME", logme.numpy(), None, seconds, float("nan")))
     right = layer(test.features.double()).argmax(1) == labels_of(test)
-    found = {"accuracy": float(right.double().mean())}
-    distance = ood.Mahalanobis.fit(frozen)
-    flag = ood.Threshold.fit(ood.Mahalanobis.leave_one_out(train), alpha=0.05)
-    s_test, s_far = distance(test.features), distance(far.features)
-    found["auroc"] = float(ood.auroc(s_test, s_far))
-    found["false_alarms"] = float(flag(s_test).double().mean())
-    found["found"] = float(flag(s_far).double().mean())
-    return rows, found
+    return rows, float(right.double().mean())
 
 
 def forgotten(stats: ClassStats, train: FeatureSet, gone: int) -> dict[str, float]:
@@ -279,7 +267,16 @@ def main(config: OnePass) -> None:
     train, test, far = parts["train"], parts["test"], parts["far"]
     exact = FeatureSet(train.features.double(), labels_of(train), train.num_classes)
     stats, moments = timed(lambda: moments_of(exact.features, labels_of(exact), train.num_classes))
-    rows, found = answers(stats, train, test, far)
+    rows, accuracy = answers(stats, train, test, far)
+    distance = ood.Mahalanobis.fit(stats)
+    flag = ood.Threshold.fit(ood.Mahalanobis.leave_one_out(train), alpha=0.05)
+    s_test, s_far = distance(test.features), distance(far.features)
+    found = {
+        "accuracy": accuracy,
+        "auroc": float(ood.auroc(s_test, s_far)),
+        "false_alarms": float(flag(s_test).double().mean()),
+        "found": float(flag(s_far).double().mean()),
+    }
     gone = forgotten(stats, train, config.forget)
     report = metrics.report(exact.grouped(20))
     columns, lines = table(rows, stats, moments)
@@ -294,10 +291,8 @@ def main(config: OnePass) -> None:
         "the distances are those of a fit that never saw it, to "
         f"{max(gone['rows'], gone['distances']):.0e}."
     )
-    scores = ood.Mahalanobis.fit(stats)
-    flag = ood.Threshold.fit(ood.Mahalanobis.leave_one_out(train), alpha=0.05)
     figure = viz.score_histogram(
-        {"in-distribution": scores(test.features).sqrt(), config.far: scores(far.features).sqrt()},
+        {"in-distribution": s_test.sqrt(), config.far: s_far.sqrt()},
         threshold=float(flag.value.sqrt()),
         alpha=0.05,
         title="Mahalanobis distance, from the moments",

@@ -8,7 +8,8 @@ from sklearn.utils import Bunch
 
 from ncmethods import data
 from ncmethods._core import InputError
-from ncmethods.data.outliers import PATTERNS, outliers
+from ncmethods.data import ImageData
+from ncmethods.data.outliers import PATTERNS, batches_as, outliers
 
 SHAPES = [(1, 28, 28), (3, 32, 20)]
 
@@ -81,3 +82,20 @@ def test_bad_requests():
         outliers("grating", (1, 8, 8))
     with pytest.raises(InputError, match="at least 1"):
         outliers("flat", (1, 8, 8), n=0)
+
+
+def test_batches_as_another_model_wants_them():
+    """Grey repeated, resized, normalised per channel; even batches, in order or at rows."""
+    images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    whole = ImageData(images, torch.arange(7) % 2, ("a", "b"))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    found = list(batches_as(whole, (3, 8, 8), mean, std, 3))
+    assert [len(x) for x, _ in found] == [3, 3, 1]
+    x, y = (torch.cat(of) for of in zip(*found))
+    center, spread = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    want = (images.float() / 255 - center) / spread
+    torch.testing.assert_close(x, want)
+    assert torch.equal(y, whole.labels)
+    ((some, labels),) = batches_as(whole, (3, 4, 4), mean, std, 5, torch.tensor([6, 1]))
+    assert some.shape == (2, 3, 4, 4)
+    assert labels.tolist() == [0, 1]
