@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ncmethods import data, heads, metrics, models, ood, training, transfer, viz
-from ncmethods._core import write_text
+from ncmethods._core import InputError, write_text
 from ncmethods.data.outliers import batches_as
 from ncmethods.features import FeatureSet, extract
 from ncmethods.stats import ClassStats
@@ -224,7 +224,13 @@ def answers(
     rows = []
     for name, ours, theirs, before in tasks:
         value, seconds = timed(ours)
-        want, their_seconds = timed(theirs)
+        try:
+            want, their_seconds = timed(theirs)
+        except np.linalg.LinAlgError as error:
+            raise InputError(
+                f"numpy has no inverse for {name}: {len(train)} training features span fewer than "
+                f"{train.dim} directions. Take more images (--data), or larger ones (--pixels)."
+            ) from error
         rows.append(Row(name, value.numpy(), want, seconds + before, their_seconds))
     logme, seconds = timed(lambda: transfer.logme(frozen))
     rows.append(Row("LogME", logme.numpy(), None, seconds, float("nan")))

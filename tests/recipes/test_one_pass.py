@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ncmethods import cli
+from ncmethods._core import InputError
 from ncmethods.features import FeatureSet
 
 study = cli.load_recipe("one_pass", "studies")
@@ -45,6 +46,16 @@ def test_every_number_is_its_peers_and_a_class_is_forgotten(config, capsys):
     assert "moments, in one pass" in said
     assert "Class 2 was taken out" in said
     assert (config.out / "report.html").stat().st_size > 10_000
+
+
+def test_features_that_numpy_cannot_invert_are_named(config):
+    path = config.out / "features" / "efficientnet-lite0-96-fashion-mini-train.safetensors"
+    train = FeatureSet.load(path)
+    dead = train.features.clone()
+    dead[:, :3] = 0
+    FeatureSet(dead, train.labels, K).save(path)
+    with pytest.raises(InputError, match="span fewer than 12 directions"):
+        study.main(config)
 
 
 def test_the_command_knows_its_studies(capsys):
